@@ -1,0 +1,1 @@
+"""Matrix-free numerics that know only `shape`, `dtype`, `device` and `@`."""

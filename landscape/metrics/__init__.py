@@ -1,0 +1,1 @@
+"""One file per metric; `base` is the interface they share."""

@@ -1,0 +1,1 @@
+"""Pictures: each file prepares plain arrays from a dataset, then draws them."""

@@ -1,0 +1,1 @@
+"""The embedded default: digits, small trained networks, losses with a known answer."""
