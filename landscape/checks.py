@@ -1,0 +1,269 @@
+"""Whether a problem can be measured: deterministic, additive, and with right second derivatives.
+
+Every test compares the problem with itself in a way that a wrong adapter cannot pass; what was found is
+stored with the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from landscape import batches as batching
+from landscape import guard, seeds, vectors
+from landscape.errors import Refused
+
+if TYPE_CHECKING:
+    from landscape.problem import Problem
+
+# ‖h v‖ / (1 + ‖θ‖) of the reference differences. Steps over 1e-5 cross ReLU kinks; several steps tell a
+# kink (differences that do not settle) from a wrong product (differences that agree with each other).
+_STEPS = (1e-6, 1e-7, 1e-8)
+# A wrong second derivative is off by per cents (4 % for the mildest case known); differences in float64
+# are good to 1e-6.
+_PRODUCT_TOLERANCE = 1e-3
+_EXAMPLES = 64
+# Distance from θ, relative to 1 + ‖θ‖, at which products are checked: far beyond the steps above.
+_ASIDE = 1e-3
+
+
+class Need(enum.Enum):
+    """What a metric asks of a problem."""
+
+    VALUE = "value"
+    GRADIENT = "gradient"
+    HESSIAN = "hessian"
+    GGN = "ggn"
+    OUTPUTS = "outputs"
+    LABELS = "labels"
+    INPUTS = "inputs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `Problem.check` found.
+
+    Attributes:
+        loss: L(θ).
+        repeat_difference: |L − L'| / |L| of two passes that start from different random states.
+        additivity_error: relative difference between a batch's sum and that of its two parts (NaN where
+            no batch could be cut).
+        product_error: ‖Hv − difference of gradients‖ / ‖Hv‖ on one micro-batch (NaN if not needed).
+        symmetry_error: |uᵀHv − vᵀHu| relative to its scale (NaN if not needed).
+        products: how products are made from here on, "autodiff" or "difference".
+        reason: why not by autodiff, or what the check could not decide; empty if all is well.
+        data_fingerprint: of the batches as yielded.
+    """
+
+    loss: float
+    repeat_difference: float
+    additivity_error: float
+    product_error: float
+    symmetry_error: float
+    products: str
+    reason: str
+    data_fingerprint: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return dataclasses.asdict(self)
+
+
+def run(problem: Problem, needs: frozenset[Need]) -> Report:
+    """Check determinism on all data, additivity on the first batches, and products on one micro-batch.
+
+    Args:
+        problem: what is to be measured.
+        needs: what of it will be used; products are checked only if asked for.
+
+    Raises:
+        Refused: with the cause, if a measurement would return a wrong number.
+    """
+    if needs & {Need.GGN, Need.OUTPUTS, Need.LABELS}:
+        problem.require_outputs("this measurement")
+    with problem.session():
+        loss, repeat, data = _determinism(problem)
+        additivity = _additivity(problem)
+        products = problem.products if problem.products != "auto" else "autodiff"
+        error = symmetry = math.nan
+        reason = ""
+        asked = needs & {Need.HESSIAN, Need.GGN}
+        if asked:
+            error, symmetry, products, reason = _product_errors(problem, Need.GGN in asked)
+    return Report(loss, repeat, additivity, error, symmetry, products, reason, data)
+
+
+def _determinism(problem: Problem) -> tuple[float, float, str]:
+    first, data = _losses_and_fingerprint(problem)
+    with guard.other_random_state():
+        second, data_again = _losses_and_fingerprint(problem)
+    if data != data_again:
+        raise Refused(
+            "the data changed between two passes: a loader that shuffles (shuffle=True) or augments at random "
+            "yields another loss at every pass. Use shuffle=False and no random augmentation, or a fixed list "
+            "of batches."
+        )
+    if not math.isfinite(first):
+        _name_the_bad_batch(problem)
+    difference = abs(first - second) / abs(first) if first else abs(second)
+    # On a CPU two passes agree to the bit; GPU kernels may add in another order.
+    allowed = 0.0 if problem.device.type == "cpu" else 1e3 * torch.finfo(problem.dtype).eps
+    if difference > allowed:
+        raise Refused(
+            f"the loss changed between two passes over the same data, {first!r} then {second!r}: the model is "
+            "random" + (" (dropout in training mode? use mode='eval')" if problem.mode == "train" else "")
+            + ". A measurement needs a deterministic loss."
+        )  # fmt: skip
+    return first, difference, data
+
+
+def _losses_and_fingerprint(problem: Problem) -> tuple[float, str]:
+    seen = batching.new_digest("")
+
+    def watched() -> Any:
+        for batch in problem.batches.fresh():
+            batching.update(seen, batching.tensors(batch))
+            seen.update(b"|")
+            yield batch
+
+    total, weights = problem.sums(watched())
+    return total / weights, seen.hexdigest()
+
+
+def _name_the_bad_batch(problem: Problem) -> None:
+    for index, batch in enumerate(problem.batches):
+        for piece in problem.evaluator.cut([batch]):
+            if problem.evaluator.weigh(piece) > 0 and not math.isfinite(problem.sums([piece])[0]):
+                bad = [
+                    name
+                    for name, p in zip(problem.names, problem._leaves(), strict=True)
+                    if not p.isfinite().all()
+                ]
+                inputs = all(t.isfinite().all() for t in batching.tensors(piece) if t.is_floating_point())
+                cause = (
+                    f"parameters {', '.join(bad[:3])} are not finite" if bad
+                    else "the data hold values that are not finite" if not inputs
+                    else "parameters and data are finite, so it arises in the model or the loss"
+                )  # fmt: skip
+                raise Refused(f"the loss is not finite (nan or inf) from batch {index} on: {cause}.")
+
+
+def _additivity(problem: Problem) -> float:
+    """Cut batches in two: the sums of the parts must add up to the sum of the whole."""
+    worst = math.nan
+    for piece, _ in itertools.islice(problem.evaluator.pieces(problem.batches), 3):
+        try:
+            count = batching.examples(piece)
+        except ValueError:
+            continue
+        if count < 2:
+            continue
+        middle = (count + 2) // 3
+        whole = problem.sums([piece])[0]
+        parts = [batching.cut(piece, 0, middle), batching.cut(piece, middle, count)]
+        summed = sum(problem.sums([part])[0] for part in parts if problem.evaluator.weigh(part) > 0)
+        error = abs(whole - summed) / max(abs(whole), abs(summed), torch.finfo(torch.float64).tiny)
+        worst = error if math.isnan(worst) else max(worst, error)
+    allowed = 1e3 * torch.finfo(problem.dtype).eps
+    if worst > allowed:
+        raise Refused(
+            f"the loss of a batch is not the sum of its parts (relative difference {worst:.2g}, allowed "
+            f"{allowed:.0e}), so it cannot be averaged over batches. Either the mean is over something else than "
+            "examples (valid tokens, pixels): say so with weight=lambda batch: ...; or the loss is a sum: "
+            "reduction='sum'; or examples influence each other (BatchNorm in training mode)."
+        )
+    return worst
+
+
+def _product_errors(problem: Problem, ggn: bool) -> tuple[float, float, str, str]:
+    """Return product error, symmetry error, the way products are made, and why."""
+    piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
+    try:
+        piece = batching.cut(piece, 0, min(batching.examples(piece), _EXAMPLES))
+        if problem.evaluator.weigh(piece) == 0:
+            piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
+    except ValueError:
+        pass
+    small = _off_kinks(_in_float64(problem, piece))
+    u, v = (
+        torch.randn(small.size, generator=seeds.generator(0, "check", i), dtype=torch.float64).to(small.dtype)
+        for i in range(2)
+    )
+    references = _differences(small, v, ggn)
+    if problem.products == "difference":
+        return _settled(references), math.nan, "difference", "asked for"
+    try:
+        V = torch.stack([u.to(small.device), v.to(small.device)], dim=1)
+        autodiff = small.replace(products="autodiff")
+        Au, Av = (autodiff.ggn_vp(V) if ggn else autodiff.hvp(V)).T
+    except RuntimeError as error:
+        cause = str(error).strip().splitlines()[0]
+        if problem.products == "autodiff":
+            raise Refused(
+                f"a layer has no second derivative: {cause}. Use products='auto' or 'difference'."
+            ) from error
+        return _settled(references), math.nan, "difference", f"a layer has no second derivative: {cause}"
+    error, symmetry = _agreement(Au, Av, u, v, references)
+    if error <= _PRODUCT_TOLERANCE and symmetry <= _PRODUCT_TOLERANCE:
+        return error, symmetry, "autodiff", ""
+    if _settled(references) > _PRODUCT_TOLERANCE and symmetry <= _PRODUCT_TOLERANCE:
+        reason = (
+            "gradient differences do not settle as the step shrinks (a kink at these parameters); "
+            "products are those of the smooth pieces"
+        )
+        return error, symmetry, "autodiff", reason
+    reason = (
+        f"autograd's second derivative is wrong here: off by {error:.1%} from gradient differences, "
+        f"asymmetric by {symmetry:.1%} (PyTorch's weight_norm is a known case)"
+    )
+    if problem.products == "autodiff":
+        raise Refused(f"{reason}. Use products='auto' or 'difference'.")
+    return error, symmetry, "difference", reason
+
+
+def _in_float64(problem: Problem, piece: Any) -> Problem:
+    """The problem on one micro-batch, in float64 where the model can run in it."""
+    small = problem.replace(data=[piece], microbatch=None)
+    return small.in_float64() or small
+
+
+def _off_kinks(small: Problem) -> Problem:
+    """Step aside from points where the gradient jumps.
+
+    Dead units, zero biases and ties of max-pooling put θ exactly on a kink, where differences and
+    derivatives differ and neither is wrong. Whether a layer's second derivative is right does not depend
+    on the point.
+    """
+    theta = small.parameters_vector()
+    d = torch.randn(small.size, generator=seeds.generator(0, "check", 2), dtype=torch.float64).to(theta)
+    return small.at(theta + d * (_ASIDE * (1 + theta.norm()) / d.norm()))
+
+
+def _differences(small: Problem, v: Tensor, ggn: bool) -> list[Tensor]:
+    found = []
+    for step in _STEPS if small.dtype == torch.float64 else (1e-2, 3e-3, 1e-3):
+        moved = small.replace(products="difference")
+        moved._step = step
+        found.append(moved.ggn_vp(v) if ggn else moved.hvp(v))
+    return found
+
+
+def _agreement(Au: Tensor, Av: Tensor, u: Tensor, v: Tensor, references: list[Tensor]) -> tuple[float, float]:
+    """Error of Av against the nearest reference, and asymmetry, both relative."""
+    u, v = u.to(Au.device), v.to(Au.device)
+    error = min(vectors.relative_difference(Av, reference) for reference in references)
+    # uᵀAv of random u is about ‖u‖‖Av‖/√n; that is the scale on which a defect shows.
+    scale = max(float(u.norm() * Av.norm()), float(v.norm() * Au.norm())) / math.sqrt(u.numel())
+    asymmetry = abs(float(u @ Av - v @ Au)) / scale if scale > 0 else 0.0
+    return error, asymmetry
+
+
+def _settled(references: list[Tensor]) -> float:
+    """How far neighbouring steps agree, relative: small for a smooth gradient, large at a kink."""
+    return min(vectors.relative_difference(a, b) for a, b in itertools.pairwise(references))

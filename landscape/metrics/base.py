@@ -1,0 +1,390 @@
+"""What a metric is, how one is found by name, and how it is evaluated, without files.
+
+A metric is one file with one frozen dataclass. It prepares once, is asked for units of work round after
+round, measures them in blocks, and summarizes what is stored:
+
+    prepare -> [units -> measure, measure, ...] -> [units -> ...] -> summarize
+
+Block boundaries are a fixed function of the unit index and each unit has its own random stream, so that
+runs that were interrupted, resumed or dealt over processes agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+import pkgutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from landscape import metrics as _package
+from landscape import seeds
+from landscape.checks import Need
+from landscape.errors import UnknownMetric
+from landscape.problem import Problem
+from landscape.results import Record, Variable
+
+Values = dict[str, Variable]
+State = dict[str, np.ndarray]
+
+MEMORY = 8 << 30  # bytes that a measurement may use beside the model, unless told otherwise
+
+
+def setting(default: Any, help: str, *, grows: bool = False) -> Any:  # noqa: A002  (as argparse calls it)
+    """Declare a field of a metric.
+
+    Args:
+        default: its default value.
+        help: what it is, for the command line.
+        grows: True for a demand (a tolerance, a number of probes): a larger one resumes and keeps all
+            units; any other field names another measurement.
+    """
+    return field(default=default, metadata={"help": help, "grows": grows})
+
+
+@dataclass(frozen=True)
+class Round:
+    """The next units to measure.
+
+    Attributes:
+        stop: units up to this index, exclusive, are wanted; those already done are kept.
+        inputs: values that the round's units are measured at, by name, with the unit dimension first and
+            one entry for each unit up to `stop` (refined grid points, say); stored with the result.
+    """
+
+    stop: int
+    inputs: Values = field(default_factory=dict)
+
+
+class Journal:
+    """Where an evaluation tells what it did; this one forgets. `landscape.run` writes files."""
+
+    def commit(self, record: Record, *, final: bool = False) -> None:
+        """Take note of the units that are done; `final` after the last."""
+
+    def progress(self, record: Record, done: int, total: int) -> None:
+        """Take note of how far the current round is."""
+
+    def load_state(self, block: range) -> State | None:
+        """Return the saved state of a sequential block, if there is one."""
+
+    def save_state(self, block: range, state: State) -> None:
+        """Keep the state of a sequential block."""
+
+
+@dataclass(frozen=True)
+class Metric(abc.ABC):
+    """One measure of a problem. Its fields are the flags, the provenance and the resume key.
+
+    Attributes:
+        name: of the metric, as on the command line.
+        headline: the variable that stands for the result.
+        unit: the dimension along which units of work are counted.
+        block: the most units measured at once.
+        citation: the source of the definition.
+    """
+
+    name: ClassVar[str]
+    headline: ClassVar[str]
+    unit: ClassVar[str]
+    block: ClassVar[int] = 16
+    citation: ClassVar[str] = ""
+
+    @abc.abstractmethod
+    def needs(self) -> frozenset[Need]:
+        """What is asked of the problem; `check` covers it."""
+
+    @abc.abstractmethod
+    def prepare(self, problem: Problem, seed: int) -> Record:
+        """Compute what all units share (directions, a pilot's choice); stored before the first unit."""
+
+    @abc.abstractmethod
+    def units(self, record: Record) -> Round | None:
+        """Return the next round, None when nothing is left to do.
+
+        A pure function of stored values, called when all units of the last round are done.
+        """
+
+    @abc.abstractmethod
+    def measure(
+        self, problem: Problem, shared: Record, block: range, generators: Sequence[torch.Generator]
+    ) -> Values:
+        """Measure a block of units; every variable has the unit dimension first."""
+
+    @abc.abstractmethod
+    def summarize(self, record: Record) -> Values:
+        """Compute the estimates from stored values of the units that are done; numpy only."""
+
+    @abc.abstractmethod
+    def outlook(self, problem: Problem) -> tuple[int, int]:
+        """Predict the fewest and the most curvature products (or other passes) that will be needed."""
+
+    def block_size(self, problem: Problem, memory: int) -> int:
+        """Choose how many units are measured at once, from shapes and the stated memory alone.
+
+        A product holds per vector: the vector twice, its float64 sum, and the result.
+        """
+        per_vector = problem.size * (3 * problem.dtype.itemsize + 8)
+        return max(1, min(self.block, memory // (2 * per_vector)))
+
+    def run_block(
+        self,
+        problem: Problem,
+        shared: Record,
+        block: range,
+        generators: Sequence[torch.Generator],
+        journal: Journal,  # noqa: ARG002  (sequential metrics keep their state there)
+    ) -> Values:
+        """Measure a block from wherever it stands."""
+        return self.measure(problem, shared, block, generators)
+
+    def configuration(self, *, without_demands: bool = False) -> dict[str, Any]:
+        """The fields and their values; without those that only ask for more of the same."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if not (without_demands and f.metadata.get("grows"))
+        }
+
+
+@dataclass(frozen=True)
+class SequentialMetric(Metric):
+    """A metric whose blocks advance step by step (Lanczos, ascent) and can stop between steps.
+
+    A state is a dict of arrays; what a step needs to know, random state included, is in it.
+    """
+
+    @abc.abstractmethod
+    def start(
+        self, problem: Problem, shared: Record, block: range, generators: Sequence[torch.Generator]
+    ) -> State:
+        """Return the state before the first step."""
+
+    @abc.abstractmethod
+    def step(self, problem: Problem, shared: Record, block: range, state: State) -> State:
+        """Return the state one step further."""
+
+    @abc.abstractmethod
+    def result(self, problem: Problem, shared: Record, block: range, state: State) -> Values | None:
+        """Return the block's values, or None while it has to go on."""
+
+    def measure(
+        self, problem: Problem, shared: Record, block: range, generators: Sequence[torch.Generator]
+    ) -> Values:
+        """Run a block from its start to its end."""
+        return self.run_block(problem, shared, block, generators, Journal())
+
+    def run_block(
+        self,
+        problem: Problem,
+        shared: Record,
+        block: range,
+        generators: Sequence[torch.Generator],
+        journal: Journal,
+    ) -> Values:
+        """Run a block from its saved state, or from its start, to its end."""
+        state = journal.load_state(block)
+        if state is None:
+            state = self.start(problem, shared, block, generators)
+        while (values := self.result(problem, shared, block, state)) is None:
+            state = self.step(problem, shared, block, state)
+            journal.save_state(block, state)
+        return values
+
+
+def evaluate(
+    metric: Metric,
+    problem: Problem,
+    seed: int = 0,
+    *,
+    memory: int = MEMORY,
+    journal: Journal | None = None,
+    record: Record | None = None,
+) -> Record:
+    """Evaluate a metric, without files.
+
+    Args:
+        metric: what to measure.
+        problem: on what.
+        seed: of all random streams.
+        memory: bytes that it may use beside the model; blocks are cut to fit.
+        journal: told of every block that is done.
+        record: what an earlier evaluation left; its units are kept.
+
+    Returns:
+        The record: values of all units, and the estimates.
+    """
+    journal = journal or Journal()
+    record = record or Record()
+    with problem.session():
+        if "block_size" not in record.attrs:
+            with _charged(record, problem):
+                shared = metric.prepare(problem, seed)
+            record.variables.update(shared.variables)
+            record.attrs.update(shared.attrs)
+            record.attrs.update(block_size=metric.block_size(problem, memory), stop=0)
+            journal.commit(record)
+        while True:
+            _measure_open_blocks(metric, problem, seed, record, journal)
+            following = metric.units(record)
+            if following is None:
+                break
+            _open_round(metric, record, following)
+        record.variables.update(metric.summarize(record))
+        record.attrs["complete"] = True
+        journal.commit(record, final=True)
+    return record
+
+
+def _measure_open_blocks(
+    metric: Metric, problem: Problem, seed: int, record: Record, journal: Journal
+) -> None:
+    size, stop = record.attrs["block_size"], record.attrs["stop"]
+    for start in range(0, stop, size):
+        block = range(start, min(start + size, stop))
+        if record["done"][start : block.stop].all():
+            continue
+        # A block that an earlier, smaller demand left half done is measured whole: what its units say
+        # together must not depend on that history.
+        generators = [seeds.generator(seed, metric.name, i) for i in block]
+        with _charged(record, problem):
+            values = metric.run_block(problem, record, block, generators, journal)
+        _store(record, block, values)
+        journal.commit(record)
+        journal.progress(record, int(record["done"].sum()), stop)
+
+
+def _open_round(metric: Metric, record: Record, following: Round) -> None:
+    """Lengthen the unit dimension; what is not yet measured is NaN and not done."""
+    stop = following.stop
+    if stop <= record.attrs["stop"]:
+        raise RuntimeError(
+            f"metric {metric.name!r} asked for {stop} units when {record.attrs['stop']} were done"
+        )
+    done = Variable((metric.unit,), np.zeros(0, bool), long_name="measured")
+    for name, variable in {"done": done, **record.variables}.items():
+        if variable.dims[:1] == (metric.unit,) and variable.data.shape[0] < stop:
+            record.variables[name] = dataclasses.replace(variable, data=_lengthened(variable.data, stop))
+    record.variables.update(following.inputs)
+    record.attrs["stop"] = stop
+
+
+def _store(record: Record, block: range, values: Mapping[str, Variable]) -> None:
+    for name, variable in values.items():
+        if name not in record:
+            empty = variable.data[:0]
+            empty = empty if empty.dtype.kind in "fU" else empty.astype(float)
+            stop = record.attrs["stop"]
+            record.variables[name] = dataclasses.replace(variable, data=_lengthened(empty, stop))
+        record[name][block.start : block.stop] = variable.data
+    record["done"][block.start : block.stop] = True
+
+
+def _lengthened(data: np.ndarray, stop: int) -> np.ndarray:
+    blank = np.nan if data.dtype.kind == "f" else np.zeros((), data.dtype)
+    longer = np.full((stop, *data.shape[1:]), blank, data.dtype)
+    longer[: data.shape[0]] = data
+    return longer
+
+
+class _charged:  # noqa: N801  (reads as a verb where it is used)
+    """Add to the record what was computed meanwhile: matvecs, gradients, values, seconds."""
+
+    def __init__(self, record: Record, problem: Problem):
+        self.record, self.problem = record, problem
+
+    def __enter__(self) -> None:
+        self.before, self.began = dataclasses.replace(self.problem.cost), time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            return
+        spent = {key: getattr(self.problem.cost, key) - count for key, count in vars(self.before).items()}
+        seconds = time.perf_counter() - self.began
+        for key, spent_now in {**spent, "wall_seconds": seconds}.items():
+            unit, words = ("s", "time spent measuring") if key == "wall_seconds" else ("1", _COUNTED[key])
+            before = self.record[key] if key in self.record else 0  # noqa: SIM401  (a Record is no dict)
+            self.record.variables[key] = Variable((), np.asarray(before + spent_now), unit, words)
+
+
+_COUNTED = {
+    "matvecs": "products of the curvature matrix with a vector",
+    "gradients": "gradients over all data",
+    "values": "evaluations of the loss over all data",
+}
+
+
+# --- finding a metric by name -----------------------------------------------------------------------
+
+
+def registered() -> dict[str, type[Metric]]:
+    """Return every known metric by name: ours, and those of installed packages.
+
+    A package adds one with an entry point in the group `landscape.metrics`.
+    """
+    found = {m.name: m for module in _ours() for m in _metrics_of(importlib.import_module(module))}
+    for point in importlib.metadata.entry_points(group="landscape.metrics"):
+        found.setdefault(point.name, point.load())
+    return dict(sorted(found.items()))
+
+
+def load(spec: str) -> type[Metric]:
+    """Return a metric by name, or from a file `path.py` or `path.py:Class`.
+
+    Raises:
+        UnknownMetric: naming the known ones.
+    """
+    path, _, chosen = spec.partition(":")
+    if path.endswith(".py"):
+        return _from_file(Path(path), chosen)
+    known = registered()
+    if spec.replace("-", "_") in known:
+        return known[spec.replace("-", "_")]
+    near = difflib.get_close_matches(spec, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UnknownMetric(f"unknown metric {spec!r}{hint} Known: {', '.join(known)}; or a file, ./mine.py")
+
+
+def _from_file(path: Path, chosen: str) -> type[Metric]:
+    if not path.is_file():
+        raise UnknownMetric(
+            f"{path} does not exist; --metric takes a name or a Python file that defines a Metric"
+        )
+    spec = importlib.util.spec_from_file_location(f"landscape_user_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UnknownMetric(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    candidates = {m.__name__: m for m in _metrics_of(module)}
+    if chosen and chosen in candidates:
+        return candidates[chosen]
+    if chosen or len(candidates) != 1:
+        names = ", ".join(candidates) or "none"
+        raise UnknownMetric(f"{path} defines the metrics {names}; say which one: --metric {path}:Name")
+    return next(iter(candidates.values()))
+
+
+def _ours() -> list[str]:
+    return [
+        f"{_package.__name__}.{m.name}" for m in pkgutil.iter_modules(_package.__path__) if m.name != "base"
+    ]
+
+
+def _metrics_of(module: Any) -> list[type[Metric]]:
+    return [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Metric) and value.__module__ == module.__name__
+    ]

@@ -1,0 +1,474 @@
+"""The adapter: model + loss + data -> value, gradient, curvature products, per-example quantities."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from landscape import batches as batching
+from landscape import checks, products, vectors
+from landscape.batches import Batches
+from landscape.errors import Refused
+from landscape.evaluator import Evaluator
+
+Reduction = Literal["mean", "sum"]
+Mode = Literal["eval", "train"]
+Products = Literal["auto", "autodiff", "difference"]
+
+# Central differences err by h² from curvature and eps/h from rounding; eps^(1/3) balances the two
+# (Press et al., Numerical Recipes, §5.7).
+_STEP_EXPONENT = 1 / 3
+
+
+@dataclass
+class Cost:
+    """What was computed: passes over all data. `matvecs` counts single vectors."""
+
+    values: int = 0
+    gradients: int = 0
+    matvecs: int = 0
+
+
+class Problem:
+    """A model, its loss and data, as one function L(θ) with derivatives.
+
+    L(θ) = Σ_b (sum of the terms of batch b) / Σ_b (weight of batch b): the mean over all terms of the
+    data set, however it is cut into batches. Three forms:
+
+    * `Problem(model, loss, data)`: batches are pairs (input, target), the loss is `loss(output, target)`;
+      `model` is an `nn.Module`, or a function `f(params, x)` with `parameters={name: tensor}`.
+    * `Problem(model, loss, data, output=lambda model, batch: ..., target=lambda batch: ...)`: any batch.
+    * `Problem(model, forward=step, data=data)`: `step(model, batch)` returns the batch's mean loss. A
+      black box: value, gradient and Hessian, but nothing that needs outputs.
+
+    The model is bit-identical after any call, also one that raises: its weights are never written, our
+    copies stand in their place for the time of a pass.
+
+    Args:
+        model: an `nn.Module`, or `f(params, x)`.
+        loss: `loss(output, target)` -> one number per batch.
+        data: a re-iterable of batches, deterministic (no shuffling, no augmentation).
+        forward: `step(model, batch)` -> one number per batch, in place of `loss`.
+        output: `output(model, batch)`; default `model(input)` (a tuple input is unpacked, a mapping is
+            passed as keywords).
+        target: `target(batch)`; default the second of the pair.
+        parameters: names or patterns of the parameters θ that are measured (default: all that require
+            grad); for a function `f(params, x)`, its parameters.
+        weight: `weight(batch)` -> the real denominator of that batch's mean (default: derived for the
+            losses that PyTorch ships, `ignore_index` and class weights included; else the examples).
+        reduction: whether the loss returns the batch's mean or sum. Declared, never guessed.
+        mode: whether the model runs in evaluation or training mode.
+        device: where to compute (default: where the parameters are).
+        dtype: in which precision (default: the parameters', but at least float32).
+        microbatch: the most examples in one pass (default: the batches as they come).
+        products: how curvature products are made: "autodiff" (reverse over reverse), "difference"
+            (central differences of gradients, for layers without a right second derivative), or "auto":
+            `check()` decides.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit; the message says what is allowed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[..., Any],
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        data: Any = None,
+        *,
+        forward: Callable[[Any, Any], Tensor] | None = None,
+        output: Callable[[Any, Any], Any] | None = None,
+        target: Callable[[Any], Any] | None = None,
+        parameters: str | Sequence[str] | Mapping[str, Tensor] | None = None,
+        weight: Callable[[Any], float] | None = None,
+        reduction: Reduction = "mean",
+        mode: Mode = "eval",
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        microbatch: int | None = None,
+        products: Products = "auto",
+    ):
+        self._arguments = {k: v for k, v in locals().items() if k not in {"self", "__class__"}}
+        _validate(**self._arguments)
+        self.mode, self.reduction, self.products, self.microbatch = mode, reduction, products, microbatch
+        if isinstance(model, nn.Module):
+            module = _unwrapped(model)
+            self._own = vectors.select(module, parameters)  # type: ignore[arg-type]
+        else:
+            module = _Function(model, parameters)  # type: ignore[arg-type]
+            self._own = vectors.select(module, None)
+        self.space = vectors.ParameterSpace(self._own)
+        first = next(iter(self._own.values()))
+        self.device = torch.device(device) if device is not None else first.device
+        self.dtype = dtype or torch.promote_types(first.dtype, torch.float32)
+        self.batches = Batches(data, self.device, self.dtype)
+        self.evaluator = Evaluator(
+            model=module, loss=loss, forward=forward, output=output, target=target, weight=weight,
+            reduction=reduction, training=mode == "train", device=self.device, dtype=self.dtype,
+            microbatch=microbatch,
+        )  # fmt: skip
+        self._vector: Tensor | None = None
+        self._buffers: Mapping[str, Tensor] = {}
+        self._step: float | None = None
+        self._double: Self | None = None
+        self.cost = Cost()
+
+    # --- what is measured -------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """The number n of parameters."""
+        return self.space.size
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the measured parameter tensors, in the order of the flat vector."""
+        return self.space.names
+
+    def parameters_vector(self) -> Tensor:
+        """θ as one vector (n,), the order of `torch.nn.utils.parameters_to_vector`."""
+        return self.space.flatten(leaf.detach() for leaf in self._leaves())
+
+    def value(self) -> Tensor:
+        """L(θ), a 0-d float64 tensor."""
+        self.cost.values += 1
+        total, weights = self.sums(self.batches)
+        return torch.tensor(total / weights, dtype=torch.float64)
+
+    def gradient(self) -> Tensor:
+        """∇L(θ), a vector (n,); sums over batches are made in float64."""
+        self.cost.gradients += 1
+        with self.evaluator.session():
+            leaves = self._leaves()
+            total, weights = self._zeros(1), 0.0
+            for piece, weight in self.evaluator.pieces(self.batches):
+                with self._filled(leaves):
+                    slopes = products.gradient(self.evaluator.loss_of(piece), leaves)
+                self._add(total[0], slopes, self.evaluator.scale(weight))
+                weights += weight
+        return (total[0] / weights).to(self.dtype)
+
+    def hvp(self, V: Tensor) -> Tensor:
+        """H V with H = ∇²L(θ), for one vector (n,) or a block (n, k), in one pass over the data.
+
+        Each micro-batch's graph is built once and used for all k vectors. Each column is the same, bit
+        for bit, in whatever block it stands.
+
+        Raises:
+            ValueError: if V does not have n rows.
+        """
+        return self._products(V, ggn=False)
+
+    def ggn_vp(self, V: Tensor) -> Tensor:
+        """G V with G the generalized Gauss-Newton matrix, mean of Jᵀ(∂²ℓ/∂f²)J; V is (n,) or (n, k).
+
+        Raises:
+            Refused: on a problem with `forward=`, whose outputs are unknown.
+            ValueError: if V does not have n rows.
+        """
+        self.require_outputs("the generalized Gauss-Newton matrix")
+        return self._products(V, ggn=True)
+
+    def losses(self) -> Tensor:
+        """The loss of each example as a batch of one, (N,) float64.
+
+        The model runs on whole micro-batches, the loss on each example's output alone. NaN where an
+        example has no valid target.
+
+        Raises:
+            Refused: on a problem with `forward=`.
+        """
+        self.require_outputs("per-example losses")
+        self.cost.values += 1
+        found: list[Tensor] = []
+        with self.evaluator.session(), torch.no_grad():
+            leaves = self._leaves()
+            for piece in self.evaluator.cut(self.batches):
+                with self._filled(leaves):
+                    outputs, target = self.evaluator.outputs(piece), self.evaluator.target_of(piece)
+                    for i in range(batching.examples(target)):
+                        one = batching.cut(outputs, i, i + 1), batching.cut(target, i, i + 1)
+                        found.append(self.evaluator.loss_from(*one).double())
+        return torch.stack(found).cpu()
+
+    def targets(self) -> Tensor:
+        """The targets of all examples, in the order of the data.
+
+        Raises:
+            Refused: on a problem with `forward=`.
+        """
+        self.require_outputs("targets")
+        return torch.cat([self.evaluator.target_of(batch) for batch in self.batches]).cpu()
+
+    @property
+    def classes(self) -> list[int]:
+        """The labels that occur in the data, ascending.
+
+        Raises:
+            Refused: if the targets are not integers.
+        """
+        labels = self.targets()
+        if labels.is_floating_point():
+            raise Refused(f"the targets have dtype {labels.dtype}; classes need integer labels")
+        ignored = self.evaluator.ignored()
+        return [int(c) for c in torch.unique(labels) if int(c) != ignored]
+
+    # --- other problems from this one -------------------------------------------------------------
+
+    def at(self, vector: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Self:
+        """The same problem at other parameters θ (n,), and with other buffers where given by name.
+
+        Raises:
+            ValueError: if the vector does not have n entries, or a buffer is unknown.
+        """
+        self.space.split(vector)
+        unknown = {f"model.{name}" for name in buffers or {}} - set(self.evaluator.slots.buffers)
+        if unknown:
+            raise ValueError(f"the model has no buffer {', '.join(sorted(unknown))}")
+        moved = copy.copy(self)
+        moved._vector = vector.detach().to(self.device, self.dtype)
+        moved._buffers = dict(buffers or {})
+        moved._double = None
+        return moved
+
+    def replace(self, **changes: Any) -> Self:
+        """A new Problem with some arguments changed; it stays `at` the same parameters.
+
+        With another `model`, the parameters are that model's.
+        """
+        new = type(self)(**{**self._arguments, **changes})
+        if "data" not in changes:
+            new.batches = self.batches.to(new.device, new.dtype)
+        if "model" not in changes and self._vector is not None:
+            if new.names != self.names:
+                raise ValueError(
+                    "parameters= cannot change on a problem that was moved by .at(); change it first"
+                )
+            new = new.at(self._vector)
+            new._buffers = self._buffers
+        new.cost = self.cost
+        return new
+
+    def in_float64(self) -> Self | None:
+        """The same problem in float64, or None where the model cannot run in it (a hard-coded dtype)."""
+        if self._double is None:
+            double = self.replace(dtype=torch.float64)
+            double.cost = Cost()
+            try:
+                double.sums([next(iter(double.batches))])
+            except RuntimeError:
+                return None
+            self._double = double
+        return self._double
+
+    # --- trust ------------------------------------------------------------------------------------
+
+    def check(self, needs: frozenset[checks.Need] = frozenset({checks.Need.VALUE})) -> checks.Report:
+        """Find out whether this problem can be measured, and how products are to be made.
+
+        See `landscape.checks.run`.
+
+        Raises:
+            Refused: with the cause, if a measurement would return a wrong number.
+        """
+        return checks.run(self, needs)
+
+    def fingerprint(self) -> str:
+        """A hash of θ, of the other parameters and of the buffers; 16 hexadecimal digits."""
+        slots = self.evaluator.slots
+        given = {f"model.{name}": t for name, t in self._buffers.items()}
+        constants = {**slots.tensors, **slots.buffers, **given}
+        digest = batching.new_digest(str(list(self.space.ranges.items())))
+        batching.update(digest, [leaf.detach() for leaf in self._leaves()])
+        measured = {f"model.{name}" for name in self.names}
+        batching.update(digest, [t for name, t in sorted(constants.items()) if name not in measured])
+        return digest.hexdigest()
+
+    def data_fingerprint(self) -> str:
+        """A hash of the batches as yielded, their cut included; 16 hexadecimal digits."""
+        return batching.fingerprint(self.batches)
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Hold the model in the measured mode over many calls; modes and random states return at the end."""
+        with self.evaluator.session():
+            yield
+
+    def require_outputs(self, what: str) -> None:
+        """Refuse what a problem with `forward=` cannot give.
+
+        Raises:
+            Refused: naming `output=`.
+        """
+        if not self.evaluator.has_outputs:
+            raise Refused(
+                f"{what} cannot be had from forward=, which returns only a loss. Give model and loss apart: "
+                "Problem(model, loss, data, output=lambda model, batch: ..., target=lambda batch: ...)"
+            )
+
+    # --- sums over the data -----------------------------------------------------------------------
+
+    def sums(self, data: Any) -> tuple[float, float]:
+        """The sum of all terms of these batches and the sum of their weights, in float64."""
+        return self.evaluator.sums(data, self._named(self._leaves()), self._buffers)
+
+    def _products(self, V: Tensor, ggn: bool) -> Tensor:
+        by_difference = self._ggn_difference if ggn else self._hessian_difference
+        by_autodiff = self._ggn_piece if ggn else self._hessian_piece
+        differences = self.products == "difference"
+        if differences and self.dtype != torch.float64 and (double := self.in_float64()) is not None:
+            self.cost.matvecs += V.shape[1] if V.ndim > 1 else 1
+            self.cost.matvecs += V[0].numel()
+            made = double.ggn_vp(V.double()) if ggn else double.hvp(V.double())
+            return made.to(self.dtype)
+        rows = vectors.column_major(V.to(self.device, self.dtype), self.size)
+        self.cost.matvecs += len(rows)
+        with self.evaluator.session(), contextlib.ExitStack() as stack:
+            if not differences:
+                stack.enter_context(self.evaluator.twice_differentiable())
+            total, weights = self._zeros(len(rows)), 0.0
+            for piece, weight in self.evaluator.pieces(self.batches):
+                for j, result in enumerate((by_difference if differences else by_autodiff)(piece, rows)):
+                    self._add(total[j], result, self.evaluator.scale(weight))
+                weights += weight
+        return (total / weights).to(self.dtype).T.reshape(V.shape)
+
+    def _hessian_piece(self, piece: Any, rows: Tensor) -> Iterator[products.Optional]:
+        leaves = self._leaves()
+        with self._filled(leaves):
+            loss = self.evaluator.loss_of(piece)
+            yield from products.hessian_products(loss, leaves, [self.space.split(row) for row in rows])
+
+    def _ggn_piece(self, piece: Any, rows: Tensor) -> Iterator[products.Optional]:
+        leaves = self._leaves()
+        with self._filled(leaves):
+            split = [self.space.split(row) for row in rows]
+            yield from products.ggn_products(
+                self.evaluator.outputs(piece), self._ending(piece), leaves, split
+            )
+
+    def _hessian_difference(self, piece: Any, rows: Tensor) -> Iterator[products.Optional]:
+        for row in rows:
+            step = self._difference_step(row)
+            slopes = []
+            for sign in (1, -1):
+                leaves = self._leaves(displacement=row * (sign * step))
+                with self._filled(leaves):
+                    slopes.append(products.gradient(self.evaluator.loss_of(piece), leaves))
+            yield [
+                None if up is None or down is None else (up - down) / (2 * step)
+                for up, down in zip(*slopes, strict=True)
+            ]
+
+    def _ggn_difference(self, piece: Any, rows: Tensor) -> Iterator[products.Optional]:
+        leaves = self._leaves()
+        for row in rows:
+            step = self._difference_step(row)
+            moved = []
+            for sign in (1, -1):
+                with torch.no_grad(), self._filled(self._leaves(displacement=row * (sign * step))):
+                    moved.append(batching.tensors(self.evaluator.outputs(piece)))
+            with self._filled(leaves):
+                outputs = self.evaluator.outputs(piece)
+                wanted = [t.requires_grad for t in batching.tensors(outputs)]
+                pushed = [
+                    (up - down) / (2 * step) for up, down, want in zip(*moved, wanted, strict=True) if want
+                ]
+                yield products.pullback(outputs, self._ending(piece), leaves, pushed)
+
+    def _difference_step(self, row: Tensor) -> float:
+        """The factor h of θ ± h v: ‖h v‖ = eps^(1/3) (1 + ‖θ‖), whatever the length of v."""
+        length = float(row.norm())
+        relative = self._step if self._step is not None else torch.finfo(self.dtype).eps ** _STEP_EXPONENT
+        theta = math.sqrt(sum(float(leaf.detach().norm()) ** 2 for leaf in self._leaves()))
+        return relative * (1 + theta) / length if length > 0 else 1.0
+
+    def _ending(self, piece: Any) -> Callable[[Any], Tensor]:
+        """The loss as a function of the outputs."""
+        target = self.evaluator.target_of(piece)
+        return lambda outputs: self.evaluator.loss_from(outputs, target)
+
+    def _leaves(self, displacement: Tensor | None = None) -> list[Tensor]:
+        """θ (+ displacement) as fresh leaves that require grad, without a copy where none is needed."""
+        if self._vector is not None:
+            held = self.space.split(self._vector)
+        else:
+            held = [p.detach().to(self.device, self.dtype) for p in self._own.values()]
+        if displacement is not None:
+            held = [p + d for p, d in zip(held, self.space.split(displacement), strict=True)]
+        return [p.detach().requires_grad_() for p in held]
+
+    def _filled(self, leaves: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+        return self.evaluator.filled(self._named(leaves), self._buffers)
+
+    def _named(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.names, leaves, strict=True))
+
+    def _add(self, total: Tensor, parts: products.Optional, scale: float) -> None:
+        for (start, stop), part in zip(self.space.ranges.values(), parts, strict=True):
+            if part is not None:
+                total[start:stop].add_(part.detach().reshape(-1), alpha=scale)
+
+    def _zeros(self, k: int) -> Tensor:
+        return torch.zeros(k, self.size, dtype=torch.float64, device=self.device)
+
+
+class _Function(nn.Module):
+    """A function f(params, x) as a module, so that there is one way to substitute parameters."""
+
+    def __init__(self, function: Callable[..., Any], parameters: Mapping[str, Tensor]):
+        super().__init__()
+        self._function = function
+        for name, tensor in parameters.items():  # register_parameter would refuse a dot in the name
+            self._parameters[name] = nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point())
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self._function(dict(self._parameters), *inputs, **named)
+
+
+def _validate(**arguments: Any) -> None:
+    model, loss, data, forward = (arguments[k] for k in ("model", "loss", "data", "forward"))
+    if data is None:
+        raise TypeError("data is missing; give a re-iterable of batches, such as a DataLoader")
+    if (loss is None) == (forward is None):
+        raise TypeError(
+            "give either loss (called as loss(output, target)) or forward (called as forward(model, batch))"
+        )
+    if forward is not None and (arguments["output"] or arguments["target"]):
+        raise TypeError("output= and target= belong to the form with loss=; forward= returns the loss itself")
+    for name, allowed in (
+        ("reduction", ("mean", "sum")),
+        ("mode", ("eval", "train")),
+        ("products", ("auto", "autodiff", "difference")),
+    ):
+        if arguments[name] not in allowed:
+            raise ValueError(f"{name} is {arguments[name]!r}; allowed is {' or '.join(map(repr, allowed))}")
+    if arguments["microbatch"] is not None and arguments["microbatch"] < 1:
+        raise ValueError(f"microbatch is {arguments['microbatch']}; allowed is a number of examples >= 1")
+    dtype = arguments["dtype"]
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; allowed is a real floating-point dtype")
+    by_name = isinstance(arguments["parameters"], Mapping)
+    if not isinstance(model, nn.Module) and not (callable(model) and by_name):
+        raise TypeError(
+            f"model is a {type(model).__name__}; allowed is an nn.Module, or a function f(params, x) together with "
+            "parameters={name: tensor}"
+        )
+    if isinstance(model, nn.Module) and by_name:
+        raise TypeError(
+            "parameters of an nn.Module are given by name or pattern, not by value; use .at(vector)"
+        )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Look through `torch.compile` (no second derivative) and data-parallel wrappers (collectives per pass)."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return _unwrapped(model.module)
+    original = getattr(model, "_orig_mod", None)
+    return _unwrapped(original) if isinstance(original, nn.Module) else model

@@ -1,0 +1,269 @@
+"""`measure`: an evaluation with a file, that can be interrupted and goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from landscape import results
+from landscape.errors import Refused
+from landscape.metrics.base import MEMORY, Journal, Metric, State, evaluate
+from landscape.problem import Problem
+from landscape.results import Record
+
+if TYPE_CHECKING:
+    import xarray
+
+# Writing may take this share of the time (the file is rewritten whole).
+_WRITING_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a measurement is.
+
+    Attributes:
+        metric: its name.
+        done: units measured.
+        total: units of the current round; an adaptive metric may ask for more.
+        message: the estimate so far, in words.
+    """
+
+    metric: str
+    done: int
+    total: int | None
+    message: str
+
+
+def measure(
+    metric: Metric,
+    problem: Problem,
+    *,
+    out: str | Path | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    check: bool = True,
+    progress: Callable[[Progress], None] | None = None,
+    memory: int | None = None,
+) -> xarray.Dataset:
+    """Measure a metric of a problem, store it, and return it.
+
+    Interrupted at any moment, the same call goes on where it was and ends with the same numbers. On a
+    complete file it returns what is there; with a larger demand (a smaller rtol) it adds to it.
+
+    Args:
+        metric: what to measure, for example `landscape.metrics.Trace(rtol=0.01)`.
+        problem: on what.
+        out: a run directory (the file is `<out>/<metric>.h5`), or a file `x.h5`; None writes nothing.
+        seed: of all random streams.
+        overwrite: start anew instead of resuming or refusing.
+        check: test first whether the problem can be measured (`Problem.check`).
+        progress: called after each block of units.
+        memory: bytes that may be used beside the model; default 8 GiB.
+
+    Returns:
+        The dataset: estimates, their errors, the values of all units, provenance in `attrs`.
+
+    Raises:
+        Refused: if the problem fails its check, or the file holds another measurement.
+        ResultsError: if the file cannot be read or written.
+    """
+    memory = MEMORY if memory is None else memory
+    path = None if out is None else result_path(out, metric)
+    identity = _identity(metric, problem, seed, memory)
+    record = None
+    if path is not None:
+        results.clean_leftovers(path.parent)
+        if path.exists() and not overwrite:
+            record = results.read(path)
+            _require_same(path, record, identity)
+            if record.attrs.get("complete") and metric.units(record) is None:
+                return record.to_xarray()
+    report = problem.check(metric.needs()) if check else None
+    made_by = report.products if report else ("autodiff" if problem.products == "auto" else problem.products)
+    if record is None:
+        record = Record(attrs={**identity, **_provenance(metric, problem), "products": made_by})
+        record.attrs["check"] = report.as_dict() if report else None
+    elif record.attrs["products"] != made_by:
+        raise Refused(
+            f"{path} was measured with {record.attrs['products']} products, now they are made by {made_by}; "
+            "measure under another name with out=..., or start anew with overwrite"
+        )
+    record.attrs["complete"] = False
+    journal = _Journal(metric, path, identity, progress)
+    try:
+        evaluate(
+            metric, problem.replace(products=made_by), seed, memory=memory, journal=journal, record=record
+        )
+    except BaseException:
+        journal.keep(record)
+        raise
+    return record.to_xarray()
+
+
+def result_path(out: str | Path, metric: Metric) -> Path:
+    """Return the file of a measurement: `out` itself if it ends in .h5, else `<out>/<metric>.h5`."""
+    out = Path(out)
+    return out if out.suffix == ".h5" else out / f"{metric.name}.h5"
+
+
+class _Journal(Journal):
+    """Writes the record whole after a block, but spends at most 5 % of the time on it."""
+
+    def __init__(
+        self,
+        metric: Metric,
+        path: Path | None,
+        identity: dict[str, Any],
+        progress: Callable[[Progress], None] | None,
+    ):
+        self.metric, self.path, self.tell = metric, path, progress
+        same = {key: identity[key] for key in _SAME}
+        self.key = hashlib.blake2b(json.dumps(same, sort_keys=True).encode(), digest_size=16).hexdigest()
+        self.spacing = _Spacing()
+        self.state_spacing = _Spacing()
+        self.unwritten = False
+        self.states: dict[Path, range] = {}
+
+    def commit(self, record: Record, *, final: bool = False) -> None:
+        self.unwritten = True
+        if self.path is not None and (final or self.spacing.due()):
+            self._write(record)
+
+    def keep(self, record: Record) -> None:
+        """Write what is done, on the way out."""
+        if self.path is not None and self.unwritten and "block_size" in record.attrs:
+            self._write(record)
+
+    def progress(self, record: Record, done: int, total: int) -> None:
+        if self.tell is not None:
+            self.tell(Progress(self.metric.name, done, total, _so_far(self.metric, record)))
+
+    def load_state(self, block: range) -> State | None:
+        if self.path is None:
+            return None
+        path = _state_path(self.path, block)
+        found = results.read_state(path)
+        if found is None or found[1].get("key") != self.key:
+            return None
+        self.states[path] = block
+        return found[0]
+
+    def save_state(self, block: range, state: State) -> None:
+        if self.path is not None and self.state_spacing.due():
+            path = _state_path(self.path, block)
+            with self.state_spacing:
+                results.write_state(path, state, {"key": self.key})
+            self.states[path] = block
+
+    def _write(self, record: Record) -> None:
+        if self.path is None:
+            return
+        if "done" in record and record["done"].any():
+            record.variables.update(self.metric.summarize(record))
+        with self.spacing:
+            results.write(self.path, record)
+        self.unwritten = False
+        for path, block in list(self.states.items()):
+            if (
+                "done" in record and record["done"][block.start : block.stop].all()
+            ):  # their results are safe now
+                path.unlink(missing_ok=True)
+                del self.states[path]
+
+
+def _state_path(path: Path, block: range) -> Path:
+    return path.parent / ".parts" / f"{path.stem}.state-{block.start}.safetensors"
+
+
+class _Spacing:
+    """Tells when writing again keeps it under its share of the time; measures each writing."""
+
+    def __init__(self) -> None:
+        self.ended, self.took = -float("inf"), 0.0
+
+    def due(self) -> bool:
+        return time.monotonic() - self.ended >= self.took / _WRITING_SHARE
+
+    def __enter__(self) -> None:
+        self.began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.ended = time.monotonic()
+        self.took = self.ended - self.began
+
+
+def _so_far(metric: Metric, record: Record) -> str:
+    values = metric.summarize(record)
+    if metric.headline not in values or values[metric.headline].data.ndim:
+        return ""
+    text = f"{metric.headline} {float(values[metric.headline].data):.5g}"
+    error = values.get(f"{metric.headline}_stderr")
+    return text if error is None else f"{text} ± {float(error.data):.2g}"
+
+
+def _identity(metric: Metric, problem: Problem, seed: int, memory: int) -> dict[str, Any]:
+    """What makes two runs the same measurement."""
+    return {
+        "metric": metric.name,
+        "configuration": json.dumps(metric.configuration(), sort_keys=True),
+        "fixed_configuration": json.dumps(metric.configuration(without_demands=True), sort_keys=True),
+        "seed": seed,
+        "parameters_fingerprint": problem.fingerprint(),
+        "data_fingerprint": problem.data_fingerprint(),
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "device": problem.device.type,
+        "mode": problem.mode,
+        "reduction": problem.reduction,
+        "microbatch": problem.microbatch,
+        "memory": memory,
+    }
+
+
+_SAME = {
+    "metric": "the metric",
+    "fixed_configuration": "the metric's settings",
+    "seed": "the seed",
+    "parameters_fingerprint": "the model's parameters",
+    "data_fingerprint": "the data or their batches",
+    "dtype": "the dtype",
+    "device": "the device",
+    "mode": "the model's mode",
+    "reduction": "the reduction",
+    "microbatch": "the micro-batch",
+    "memory": "the memory",
+}
+
+
+def _require_same(path: Path, record: Record, identity: dict[str, Any]) -> None:
+    differing = [
+        f"{words} ({record.attrs.get(key)} there, {identity[key]} now)"
+        for key, words in _SAME.items()
+        if record.attrs.get(key) != identity[key]
+    ]
+    if differing:
+        raise Refused(
+            f"{path} holds another measurement; different: {'; '.join(differing)}. Choose another place "
+            "(out=..., --out), or start anew (overwrite=True, --overwrite)."
+        )
+    record.attrs["configuration"] = identity["configuration"]
+
+
+def _provenance(metric: Metric, problem: Problem) -> dict[str, Any]:
+    return {
+        **results.provenance(),
+        "torch_version": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "world_size": 1,
+        "headline": metric.headline,
+        "unit": metric.unit,
+        "citation": metric.citation,
+        "parameter_ranges": {name: list(span) for name, span in problem.space.ranges.items()},
+    }

@@ -1,0 +1,205 @@
+"""The strict reader: takes the bytes of an HDF5 file and trusts none of them.
+
+libhdf5 can loop for ever on the variable-length data of a damaged file, follows links to other files, and
+fills any amount of memory that a small file asks for. This reader therefore looks before it reads: only
+plain datasets in the root group, only fixed-length numbers and characters, only sizes within limits.
+Nothing of variable length is ever read; dimension names come from an attribute of our own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import h5py
+import numpy as np
+
+from landscape.atomic import ResultsError
+from landscape.record import NAME
+
+FILE_LIMIT = 1 << 30  # bytes of a file
+DATA_LIMIT = 1 << 30  # bytes of all variables together, as arrays
+ATTRIBUTE_LIMIT = 1 << 24  # bytes of one attribute
+ATTRIBUTES_LIMIT = 1 << 26  # bytes of all attributes together
+COUNT_LIMIT = 500  # names in the file; attributes of one object
+_RANK_LIMIT = 16
+_CHUNK_LIMIT = 1 << 26  # bytes of one chunk, unpacked
+_CHUNKS_LIMIT = 100_000  # chunks of one variable: each costs a look-up
+_FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
+_MACHINERY = {"DIMENSION_LIST", "REFERENCE_LIST", "CLASS", "NAME"}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds, still in its stored form.
+
+    Attributes:
+        attrs: root attributes: int, float, str, or a list of these.
+        variables: name -> (array, attributes); characters are arrays of `S1`.
+    """
+
+    attrs: dict[str, Any]
+    variables: dict[str, tuple[np.ndarray, dict[str, Any]]]
+
+
+class _RefusalError(Exception):
+    """What is wrong with a file; `parse` adds which file and what to do."""
+
+
+class _Budget:
+    """Bytes that may still be asked for."""
+
+    def __init__(self, limit: int, what: str) -> None:
+        self._left = limit
+        self._limit = limit
+        self._what = what
+
+    def take(self, size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise _RefusalError(f"{self._what} need more than the allowed {self._limit} bytes")
+
+
+def parse(image: bytes, where: str) -> Contents:
+    """Return the contents of the HDF5 file `image`.
+
+    Args:
+        image: the bytes of the file.
+        where: its name, for messages.
+
+    Raises:
+        ResultsError: if anything in the file is damaged, too large, or of a kind that we do not write.
+    """
+    try:
+        with h5py.File(h5py.h5f.open_file_image(image)) as file:
+            return _contents(file, len(image))
+    except _RefusalError as refusal:
+        raise ResultsError(
+            f"{where}: {refusal}; this is not a file that landscape wrote, or it was changed: "
+            "restore it from a copy, or measure again"
+        ) from refusal
+    except Exception as error:
+        raise ResultsError(
+            f"{where}: not a readable HDF5 file ({type(error).__name__}: {_one_line(error)}); "
+            "it is damaged or of another kind: restore it from a copy, or measure again"
+        ) from error
+
+
+def _contents(file: h5py.File, file_size: int) -> Contents:
+    if len(file) > COUNT_LIMIT:
+        raise _RefusalError(f"{len(file)} variables, more than the allowed {COUNT_LIMIT}")
+    data = _Budget(DATA_LIMIT, "its variables")
+    attributes = _Budget(ATTRIBUTES_LIMIT, "its attributes")
+    root = _read_attributes(file, "the file", attributes)
+    variables = {}
+    for name in file:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise _RefusalError(f"the name {name!r} is not made of letters, digits and _")
+        if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+            raise _RefusalError(f"{name} is a link to somewhere else")
+        if file.get(name, getclass=True) is not h5py.Dataset:
+            raise _RefusalError(f"{name} is not an array")
+        dataset = file[name]
+        attrs = _read_attributes(dataset, name, attributes)
+        if _is_bare_dimension(dataset, attrs):
+            continue
+        _check_dataset(dataset, name, file_size, data)
+        variables[name] = (np.asarray(dataset[()]), attrs)
+    return Contents(root, variables)
+
+
+def _is_bare_dimension(dataset: h5py.Dataset, attrs: dict[str, Any]) -> bool:
+    """Netcdf-4 stores a dimension without coordinates as an array that was never filled."""
+    return "dims" not in attrs and "CLASS" in dataset.attrs and dataset.id.get_storage_size() == 0
+
+
+def _check_dataset(dataset: h5py.Dataset, name: str, file_size: int, budget: _Budget) -> None:
+    """Refuse everything that reading could be harmed by."""
+    stored = dataset.id.get_type()
+    _check_type(stored, name)
+    if isinstance(stored, h5py.h5t.TypeStringID) and stored.get_size() != 1:
+        raise _RefusalError(f"{name} holds strings of {stored.get_size()} bytes instead of characters")
+    space = dataset.id.get_space()
+    shape = _check_shape(space, name)
+    size = math.prod(shape) * stored.get_size()
+    budget.take(size)
+    plan = dataset.id.get_create_plist()
+    if plan.get_layout() not in (h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED):
+        raise _RefusalError(f"{name} is virtual: its data lie in other files")
+    if plan.get_external_count():
+        raise _RefusalError(f"{name} keeps its data in other files")
+    filters = {plan.get_filter(k)[0] for k in range(plan.get_nfilters())}
+    if filters - _FILTERS:
+        raise _RefusalError(
+            f"{name} is packed with filters {sorted(filters - _FILTERS)} that are not allowed"
+        )
+    if dataset.id.get_storage_size() > file_size:
+        raise _RefusalError(f"{name} claims more bytes than the file has")
+    if plan.get_layout() == h5py.h5d.CHUNKED:
+        chunk = plan.get_chunk()
+        if math.prod(chunk) * stored.get_size() > _CHUNK_LIMIT:
+            raise _RefusalError(f"{name} has chunks of {math.prod(chunk) * stored.get_size()} bytes")
+        if (
+            math.prod(-(-length // max(1, part)) for length, part in zip(shape, chunk, strict=True))
+            > _CHUNKS_LIMIT
+        ):
+            raise _RefusalError(f"{name} is cut into more than {_CHUNKS_LIMIT} chunks")
+
+
+def _check_type(stored: h5py.h5t.TypeID, name: str) -> None:
+    if isinstance(stored, h5py.h5t.TypeStringID):
+        if stored.is_variable_str():
+            raise _RefusalError(f"{name} holds strings of variable length")
+    elif isinstance(stored, h5py.h5t.TypeIntegerID):
+        if stored.get_size() not in (1, 2, 4, 8):
+            raise _RefusalError(f"{name} holds integers of {stored.get_size()} bytes")
+    elif isinstance(stored, h5py.h5t.TypeFloatID):
+        if stored.get_size() not in (4, 8):
+            raise _RefusalError(f"{name} holds floats of {stored.get_size()} bytes")
+    else:
+        raise _RefusalError(f"{name} holds neither numbers nor characters")
+
+
+def _check_shape(space: h5py.h5s.SpaceID, name: str) -> tuple[int, ...]:
+    kind = space.get_simple_extent_type()
+    if kind == h5py.h5s.SCALAR:
+        return ()
+    if kind != h5py.h5s.SIMPLE:
+        raise _RefusalError(f"{name} is empty: it has a type but no value")
+    if space.get_simple_extent_ndims() > _RANK_LIMIT:
+        raise _RefusalError(f"{name} has {space.get_simple_extent_ndims()} dimensions")
+    return tuple(int(length) for length in space.get_simple_extent_dims())
+
+
+def _read_attributes(item: h5py.File | h5py.Dataset, owner: str, budget: _Budget) -> dict[str, Any]:
+    """Return the attributes of one object, those of the netCDF machinery left out."""
+    if h5py.h5a.get_num_attrs(item.id) > COUNT_LIMIT:
+        raise _RefusalError(f"{owner} has more than {COUNT_LIMIT} attributes")
+    return {
+        name: _read_attribute(item, name, f"attribute {name} of {owner}", budget)
+        for name in item.attrs
+        if name not in _MACHINERY and not name.startswith(("_Netcdf4", "_NC", "_nc3"))
+    }
+
+
+def _read_attribute(item: h5py.File | h5py.Dataset, name: str, what: str, budget: _Budget) -> Any:
+    if not NAME.fullmatch(name):
+        raise _RefusalError(f"{what!r} is not made of letters, digits and _")
+    attribute = h5py.h5a.open(item.id, name.encode())
+    stored = attribute.get_type()
+    _check_type(stored, what)
+    shape = _check_shape(attribute.get_space(), what)
+    size = math.prod(shape) * stored.get_size()
+    if size > ATTRIBUTE_LIMIT:
+        raise _RefusalError(f"{what} has {size} bytes, more than the allowed {ATTRIBUTE_LIMIT}")
+    budget.take(size)
+    values = np.zeros(shape, dtype=attribute.dtype)
+    if values.size:
+        attribute.read(values)
+    flat = [value.decode() if isinstance(value, bytes) else value for value in values.ravel().tolist()]
+    return flat[0] if len(flat) == 1 else flat
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
