@@ -143,7 +143,7 @@ def fingerprint(batches: Iterable[Any]) -> str:
     for batch in batches:
         update(digest, tensors(batch))
         digest.update(b"|")
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def new_digest(text: str) -> Any:

@@ -90,7 +90,7 @@ def run(problem: Problem, needs: frozenset[Need]) -> Report:
     with problem.session():
         loss, repeat, data = _determinism(problem)
         additivity = _additivity(problem)
-        products = problem.products if problem.products != "auto" else "autodiff"
+        products: str = problem.products if problem.products != "auto" else "autodiff"
         error = symmetry = math.nan
         reason = ""
         asked = needs & {Need.HESSIAN, Need.GGN}
@@ -202,12 +202,12 @@ def _product_errors(problem: Problem, ggn: bool) -> tuple[float, float, str, str
         V = torch.stack([u.to(small.device), v.to(small.device)], dim=1)
         autodiff = small.replace(products="autodiff")
         Au, Av = (autodiff.ggn_vp(V) if ggn else autodiff.hvp(V)).T
-    except RuntimeError as error:
-        cause = str(error).strip().splitlines()[0]
+    except RuntimeError as failure:
+        cause = str(failure).strip().splitlines()[0]
         if problem.products == "autodiff":
             raise Refused(
                 f"a layer has no second derivative: {cause}. Use products='auto' or 'difference'."
-            ) from error
+            ) from failure
         return _settled(references), math.nan, "difference", f"a layer has no second derivative: {cause}"
     error, symmetry = _agreement(Au, Av, u, v, references)
     if error <= _PRODUCT_TOLERANCE and symmetry <= _PRODUCT_TOLERANCE:

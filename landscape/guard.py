@@ -109,7 +109,7 @@ def other_random_state() -> Iterator[None]:
 
 @contextmanager
 def _random_states_restored() -> Iterator[None]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
         yield

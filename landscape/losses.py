@@ -85,12 +85,8 @@ def describe(loss: Any) -> tuple[str | None, dict[str, Any]]:
     while isinstance(loss, functools.partial):
         options = {**loss.keywords, **options}
         loss = loss.func
-    name = getattr(loss, "__name__", None)
-    if (
-        name is None
-        or getattr(F, name, None) is not loss
-        or "reduction" not in inspect.signature(loss).parameters
-    ):
+    name = getattr(loss, "__name__", "")
+    if getattr(F, name, None) is not loss or "reduction" not in inspect.signature(loss).parameters:
         return None, {}
     return name, options
 

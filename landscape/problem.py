@@ -288,7 +288,7 @@ class Problem:
         batching.update(digest, [leaf.detach() for leaf in self._leaves()])
         measured = {f"model.{name}" for name in self.names}
         batching.update(digest, [t for name, t in sorted(constants.items()) if name not in measured])
-        return digest.hexdigest()
+        return str(digest.hexdigest())
 
     def data_fingerprint(self) -> str:
         """A hash of the batches as yielded, their cut included; 16 hexadecimal digits."""

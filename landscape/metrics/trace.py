@@ -137,9 +137,9 @@ class Trace(Metric):
             samples = record["samples"][done]
             combine = np.sum if exact else np.mean
             moments = None if exact else record["layer_moments"][done]
-            error = np.zeros(samples.shape[1]) if exact else calibrated_stderr(samples, moments)
+            errors = np.zeros(samples.shape[1]) if exact else calibrated_stderr(samples, moments)
             result["layer_trace"] = Variable(("layer",), combine(samples, axis=0), "1", "trace of the block")
-            result["layer_trace_stderr"] = Variable(("layer",), error, "1", "standard error of layer_trace")
+            result["layer_trace_stderr"] = Variable(("layer",), errors, "1", "standard error of layer_trace")
         if "squared_norm" in record:
             result.update(_frobenius(record["squared_norm"][done], exact))
         if not exact:
