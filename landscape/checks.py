@@ -89,6 +89,7 @@ def run(problem: Problem, needs: frozenset[Need]) -> Report:
         problem.require_outputs("this measurement")
     with problem.session():
         loss, repeat, data = _determinism(problem)
+        _require_no_bypass(problem)
         additivity = _additivity(problem)
         products: str = problem.products if problem.products != "auto" else "autodiff"
         error = symmetry = math.nan
@@ -152,6 +153,21 @@ def _name_the_bad_batch(problem: Problem) -> None:
                     else "parameters and data are finite, so it arises in the model or the loss"
                 )  # fmt: skip
                 raise Refused(f"the loss is not finite (nan or inf) from batch {index} on: {cause}.")
+
+
+def _require_no_bypass(problem: Problem) -> None:
+    """Refuse a model that reaches a parameter past its modules, where our substitutes do not stand."""
+    piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
+    loss, originals = problem.loss_with_substitutes(piece)
+    if not loss.requires_grad or not originals:
+        return
+    slopes = torch.autograd.grad(loss, list(originals.values()), allow_unused=True)
+    past = [name for name, slope in zip(originals, slopes, strict=True) if slope is not None]
+    if past:
+        raise Refused(
+            f"the model uses {', '.join(past[:3])} through a reference of its own (a list, a closure), so that "
+            "measured values cannot stand in its place. Use it through the module that registers it."
+        )
 
 
 def _additivity(problem: Problem) -> float:

@@ -87,7 +87,8 @@ class Evaluator:
         """
         measured = {f"model.{name}": t for name, t in parameters.items()}
         given = {f"model.{name}": t for name, t in buffers.items()}
-        fixed = {k: self.moved(t.detach()) for k, t in self.slots.tensors.items() if k not in measured}
+        others = {k: self.moved(t.detach()) for k, t in self.slots.tensors.items() if k not in measured}
+        fixed = {k: nn.Parameter(t, requires_grad=False) for k, t in others.items()}
         copies = {k: self.moved(t).clone() for k, t in {**self.slots.buffers, **given}.items()}
         with self.slots.filled({**measured, **fixed, **copies}):
             yield

@@ -204,7 +204,13 @@ class Problem:
             Refused: on a problem with `forward=`.
         """
         self.require_outputs("targets")
-        return torch.cat([self.evaluator.target_of(batch) for batch in self.batches]).cpu()
+        found = [self.evaluator.target_of(batch) for batch in self.batches]
+        if not all(isinstance(target, Tensor) for target in found):
+            raise Refused(
+                f"the targets of a batch are a {type(found[0]).__name__}; allowed is one tensor. "
+                "Say which part is meant: Problem(..., target=lambda batch: ...)"
+            )
+        return torch.cat(found).cpu()
 
     @property
     def classes(self) -> list[int]:
@@ -300,6 +306,16 @@ class Problem:
         with self.evaluator.session():
             yield
 
+    def loss_with_substitutes(self, piece: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch computed with substitutes, and the model's own parameters by name.
+
+        A loss that depends on one of the latter has bypassed its substitute.
+        """
+        with self._filled(self._leaves()):
+            loss = self.evaluator.loss_of(piece)
+        own = {name: p for name, p in self.evaluator.slots.tensors.items() if p.requires_grad}
+        return loss, {name.removeprefix("model."): p for name, p in own.items()}
+
     def require_outputs(self, what: str) -> None:
         """Refuse what a problem with `forward=` cannot give.
 
@@ -337,7 +353,7 @@ class Problem:
                 for j, result in enumerate((by_difference if differences else by_autodiff)(piece, rows)):
                     self._add(total[j], result, self.evaluator.scale(weight))
                 weights += weight
-        return (total / weights).to(self.dtype).T.reshape(V.shape)
+        return (total / weights).to(self.dtype).T.contiguous().view(V.shape)
 
     def _hessian_piece(self, piece: Any, rows: Tensor) -> Iterator[products.Optional]:
         leaves = self._leaves()
@@ -402,7 +418,8 @@ class Problem:
             held = [p.detach().to(self.device, self.dtype) for p in self._own.values()]
         if displacement is not None:
             held = [p + d for p, d in zip(held, self.space.split(displacement), strict=True)]
-        return [p.detach().requires_grad_() for p in held]
+        # Parameters, not tensors: some modules look themselves up by get_parameter.
+        return [nn.Parameter(p.detach()) for p in held]
 
     def _filled(self, leaves: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
         return self.evaluator.filled(self._named(leaves), self._buffers)

@@ -62,6 +62,8 @@ def ggn_products(
 def pullback(outputs: Any, loss: Callable[[Any], Tensor], parameters: Pieces, pushed: Pieces) -> Optional:
     """Jᵀ (∂²ℓ/∂f²) u for one u, shaped like the differentiable output tensors."""
     leaves = [t for t in tensors(outputs) if t.requires_grad]
+    if not leaves:
+        return [None] * len(parameters)
     detached, slopes = _output_slopes(outputs, loss)
     return _pulled(leaves, parameters, next(_vector_jacobian(slopes, detached, [pushed])), retain=False)
 
@@ -102,6 +104,10 @@ def _vector_jacobian(
 
 
 def _used(first: Optional, row: Pieces) -> tuple[list[Tensor], list[Tensor]]:
-    """Drop what does not depend on the parameters: its derivative is zero."""
-    kept = [(g, v) for g, v in zip(first, row, strict=True) if g is not None and g.requires_grad]
+    """Drop what does not depend on the parameters: its derivative is zero.
+
+    The pieces of a vector are copied: some kernels (FFT) round otherwise where memory is not aligned, and
+    a product must not depend on where its vector stood in a block.
+    """
+    kept = [(g, v.clone()) for g, v in zip(first, row, strict=True) if g is not None and g.requires_grad]
     return [g for g, _ in kept], [v for _, v in kept]

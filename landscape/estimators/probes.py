@@ -5,6 +5,7 @@ Probes are drawn on the CPU and then moved, so that every device sees the same o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final, Protocol
 
 import torch
@@ -80,13 +81,9 @@ def inner(U: Tensor, V: Tensor) -> Tensor:
     Returns:
         Shape (a, b), float64, on the device of U.
     """
-    if U.dtype == torch.float64 and V.dtype == torch.float64:
-        return U.T @ V
     total = torch.zeros(U.shape[1], V.shape[1], dtype=torch.float64, device=U.device)
-    rows = max(1, _CHUNK // max(1, U.shape[1] + V.shape[1]))
-    for start in range(0, U.shape[0], rows):
-        part = slice(start, start + rows)
-        total += U[part].double().T @ V[part].double()
+    for rows in _pieces(U.shape[0], U.shape[1] + V.shape[1]):
+        total += U[rows].double().T @ V[rows].double()
     return total
 
 
@@ -94,29 +91,58 @@ def probe_gram(V: Tensor, AV: Tensor, distribution: str = "rademacher") -> Tenso
     """Return what the probes of a block say together: their samples and their mixed products.
 
     The diagonal holds the samples v_i·Av_i. Off the diagonal stands v_i·B v_j, where B is A for
-    Gaussian probes. For signs B is A without its diagonal, which does not enter their samples: the
-    diagonal is estimated as d = mean over the block of v ⊙ Av and taken out. The terms l = i and l = j
-    of that mean are multiples of v_i·Av_j itself, so b/(b-2) leaves the estimate from the other b-2
-    probes; its noise raises the mean square by 1 + 1/(b-2), which is divided out.
+    Gaussian probes. For signs B is A without its diagonal, which does not enter the variance of their
+    samples: see `_without_diagonal`.
 
     Args:
-        V: the probes as columns, shape (n, b); a slice of rows for the samples of that slice.
+        V: the probes as columns, shape (n, b); or the rows of a slice, for the samples of that slice.
         AV: the products, same rows, shape (n, b).
         distribution: what the probes were drawn from.
 
     Returns:
-        Symmetric, shape (b, b), float64; off-diagonal entries are NaN for fewer than 3 signs.
+        Symmetric, shape (b, b), float64, for `calibration.block_moments`; off the diagonal NaN for
+        fewer than 3 signs.
     """
-    product = inner(V, AV)
-    gram = (product + product.T) / 2
-    if distribution == "gaussian":
-        return gram
     b = V.shape[1]
+    if distribution == "gaussian":
+        product = inner(V, AV)
+        return (product + product.T) / 2
+    product = torch.zeros(b, b, dtype=torch.float64, device=V.device)
+    through_diagonal = torch.zeros_like(product)
+    square, squares = torch.zeros(2, dtype=torch.float64, device=V.device)
+    for rows in _pieces(V.shape[0], 3 * b):
+        part, image = V[rows].double(), AV[rows].double()
+        product += part.T @ image
+        values = part * image
+        mean = values.mean(dim=1, keepdim=True)
+        through_diagonal += part.T @ (part * mean)
+        square += mean.square().sum()
+        squares += values.square().sum()
+    return _without_diagonal((product + product.T) / 2, through_diagonal, square, squares)
+
+
+def _without_diagonal(gram: Tensor, through_diagonal: Tensor, square: Tensor, squares: Tensor) -> Tensor:
+    """Take the diagonal of A out of the off-diagonal entries of the Gram matrix of signs.
+
+    d = mean over the block of v ⊙ Av estimates diag A, and is shrunk by t = 1 - noise / ‖d‖² towards 0:
+    where A has hardly a diagonal, taking out an estimate of it would only add noise. The terms i and j of
+    that mean contribute the multiple 2/b of v_i·Av_j itself, so the factor b/(b-2t) leaves the estimate
+    made from the other b-2 probes; its error adds the fraction t/(b-2) to the mean square of the
+    entries, which is divided out.
+    """
+    b = gram.shape[0]
     samples = gram.diagonal().clone()
     if b < 3:
-        gram = torch.full_like(gram, torch.nan)
+        result = torch.full_like(gram, torch.nan)
     else:
-        diagonal = (V * AV).mean(dim=1, keepdim=True)
-        gram = (gram - inner(V, V * diagonal)) * (b / ((b - 2) * (b - 1)) ** 0.5)
-    gram.diagonal().copy_(samples)
-    return gram
+        noise = (squares - b * square) / (b * (b - 1))
+        t = torch.where(square > 0, (1 - noise / square), 0.0).clamp(0.0, 1.0)
+        result = (gram - t * through_diagonal) * (b / (b - 2 * t)) / (1 + t / (b - 2)).sqrt()
+    result.diagonal().copy_(samples)
+    return result
+
+
+def _pieces(size: int, width: int) -> Iterator[slice]:
+    """Cut `size` rows of `width` numbers into pieces whose float64 copies stay small."""
+    rows = max(1, _CHUNK // max(1, width))
+    return (slice(start, start + rows) for start in range(0, size, rows))

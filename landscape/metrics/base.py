@@ -20,15 +20,15 @@ import importlib.util
 import pkgutil
 import sys
 import time
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
-from landscape import metrics as _package
 from landscape import seeds
 from landscape.checks import Need
 from landscape.errors import UnknownMetric
@@ -38,6 +38,7 @@ from landscape.results import Record, Variable
 Values = dict[str, Variable]
 State = dict[str, np.ndarray]
 
+_SPENT = "cost_of_this_block"
 MEMORY = 8 << 30  # bytes that a measurement may use beside the model, unless told otherwise
 
 
@@ -100,6 +101,18 @@ class Metric(abc.ABC):
     unit: ClassVar[str]
     block: ClassVar[int] = 16
     citation: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a choice that is none of a field's.
+
+        Raises:
+            ValueError: naming the allowed ones.
+        """
+        for key, hint in typing.get_type_hints(type(self)).items():
+            choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+            if choices and getattr(self, key) not in choices:
+                allowed = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
+                raise ValueError(f"{key} is {getattr(self, key)!r}; allowed is {allowed}")
 
     @abc.abstractmethod
     def needs(self) -> frozenset[Need]:
@@ -194,12 +207,20 @@ class SequentialMetric(Metric):
         journal: Journal,
     ) -> Values:
         """Run a block from its saved state, or from its start, to its end."""
+        before = np.array(list(vars(problem.cost).values()))
         state = journal.load_state(block)
         if state is None:
-            state = self.start(problem, shared, block, generators)
+            begun = self.start(problem, shared, block, generators)
+            state = {key: np.array(value, order="C") for key, value in begun.items()}
+        else:  # what it cost so far belongs to the block, whoever paid
+            for key, count in zip(vars(problem.cost), state.pop(_SPENT), strict=True):
+                setattr(problem.cost, key, getattr(problem.cost, key) + int(count))
         while (values := self.result(problem, shared, block, state)) is None:
-            state = self.step(problem, shared, block, state)
-            journal.save_state(block, state)
+            stepped = self.step(problem, shared, block, state)
+            # As it would be read back: sums depend on the memory layout, in the last bit.
+            state = {key: np.array(value, order="C") for key, value in stepped.items()}
+            spent = np.array(list(vars(problem.cost).values())) - before
+            journal.save_state(block, {**state, _SPENT: spent})
         return values
 
 
@@ -377,9 +398,8 @@ def _from_file(path: Path, chosen: str) -> type[Metric]:
 
 
 def _ours() -> list[str]:
-    return [
-        f"{_package.__name__}.{m.name}" for m in pkgutil.iter_modules(_package.__path__) if m.name != "base"
-    ]
+    here = pkgutil.iter_modules([str(Path(__file__).parent)])
+    return [f"{__package__}.{m.name}" for m in here if m.name != "base"]
 
 
 def _metrics_of(module: Any) -> list[type[Metric]]:

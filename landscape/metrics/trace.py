@@ -55,6 +55,7 @@ class Trace(Metric):
     frobenius: bool = setting(False, "estimate the Frobenius norm from the same products")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.rtol >= 0:
             raise ValueError(f"rtol is {self.rtol}; allowed is a number >= 0")
         if self.max_probes < 2:
@@ -85,12 +86,11 @@ class Trace(Metric):
             return Round(record.attrs["parameters"]) if done == 0 else None
         each = _products_per_unit(method, record.attrs["parameters"])
         most = max(1, self.max_probes // each)
-        first = min(_FIRST_ROUND if each == 1 else 1, most)
-        if done == 0:
-            return Round(first)
-        if done >= most or self._converged(*_estimate(record, done)):
+        fixed = [(_FIRST_ROUND if each == 1 else 1) << i for i in range(most.bit_length())]
+        # Only here is the tolerance tested; a smaller max_probes may have ended between two of them.
+        if done >= most or (done in fixed and self._converged(*_estimate(record, done))):
             return None
-        return Round(min(2 * done, most))
+        return Round(min(next(count for count in fixed if count > done), most))
 
     def measure(
         self, problem: Problem, shared: Record, block: range, generators: Sequence[torch.Generator]
