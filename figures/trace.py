@@ -1,0 +1,30 @@
+"""The picture of the README: the Hessian trace of the embedded default, to 2 %.
+
+python figures/trace.py [--out figures/trace.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import landscape
+from landscape import plots, testbeds
+
+
+def main() -> None:
+    """Measure and draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".png"))
+    arguments = parser.parse_args()
+    model, loss, batches, _ = testbeds.load_default()
+    run = arguments.out.with_suffix(".h5")
+    landscape.measure(landscape.metrics.Trace(), landscape.Problem(model, loss, batches), out=run)
+    plots.plot(run, arguments.out)
+    run.unlink()
+
+
+if __name__ == "__main__":
+    main()
