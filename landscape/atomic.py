@@ -92,6 +92,22 @@ def replace(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
         raise ResultsError(f"{reason} (the new file is in place, but a power cut could undo it)") from error
 
 
+def require_writable(directory: Path) -> None:
+    """Find out now whether a file can be written there, not after an hour of measuring.
+
+    Raises:
+        ResultsError: if the directory cannot be made or written.
+    """
+    trial = directory / f".trial.{_HOST}-{os.getpid()}-{_RUN}{_SUFFIX}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_through(trial, [b"landscape"])
+    except OSError as error:
+        raise explain("write in", directory, error) from error
+    finally:
+        _remove(trial)
+
+
 def remove(path: Path) -> None:
     """Delete a file of ours that nothing refers to any more.
 

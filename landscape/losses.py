@@ -82,12 +82,12 @@ def describe(loss: Any) -> tuple[str | None, dict[str, Any]]:
                  if hasattr(loss, key)}  # fmt: skip
         return name, known if name else {}
     options: dict[str, Any] = {}
-    function = loss
+    function: Any = loss
     while isinstance(function, functools.partial):
         options = {**function.keywords, **options}
         function = function.func
     name = getattr(function, "__name__", "")
-    if getattr(F, name, None) is not function or "reduction" not in inspect.signature(function).parameters:
+    if getattr(F, name, None) != function or "reduction" not in inspect.signature(function).parameters:
         return None, {}
     return name, options
 

@@ -212,6 +212,13 @@ class Problem:
             )
         return torch.cat(found).cpu()
 
+    def examples(self) -> int | None:
+        """The number of examples in the data; None where batches do not tell."""
+        try:
+            return sum(batching.examples(batch) for batch in self.batches)
+        except ValueError:
+            return None
+
     @property
     def classes(self) -> list[int]:
         """The labels that occur in the data, ascending.

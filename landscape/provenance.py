@@ -50,7 +50,7 @@ def provenance(directory: Path | None = None) -> dict[str, Any]:
 
 def _command() -> str:
     """Return the command line, with ~ for the home directory: a result that is passed on names nobody."""
-    command = shlex.join(sys.argv)
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     try:
         home = str(Path.home()).rstrip("/")
     except RuntimeError:  # no home directory is known

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from landscape import atomic, netcdf, strict, tensors
-from landscape.atomic import ResultsError, clean_leftovers
+from landscape.atomic import ResultsError, clean_leftovers, require_writable
 from landscape.provenance import provenance
 from landscape.record import Record, Variable, check
 from landscape.tensors import read_state, write_state
@@ -31,6 +31,7 @@ __all__ = [
     "read",
     "read_run",
     "read_state",
+    "require_writable",
     "write",
     "write_state",
 ]

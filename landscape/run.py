@@ -81,6 +81,7 @@ def measure(
     record = None
     if path is not None:
         results.clean_leftovers(path.parent)
+        results.require_writable(path.parent)
         if path.exists() and not overwrite:
             record = results.read(path)
             _require_same(path, record, identity)
@@ -258,6 +259,7 @@ def _require_same(path: Path, record: Record, identity: dict[str, Any]) -> None:
 
 def _provenance(metric: Metric, problem: Problem) -> dict[str, Any]:
     return {
+        "examples": problem.examples(),
         **results.provenance(),
         "torch_version": str(torch.__version__),
         "threads": torch.get_num_threads(),

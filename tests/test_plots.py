@@ -14,6 +14,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from landscape import plots, results
 from landscape.plots import PlotError, plus_minus, trace
@@ -47,7 +48,9 @@ def trace_record(
         "converged": Variable((), np.asarray(True)),
         "matvecs": Variable((), np.asarray(len(done))),
         "layer_trace": Variable(("layer",), layer_trace),
-        "layer_trace_stderr": Variable(("layer",), np.zeros(len(names)) if exact else 0.1 * np.abs(layer_trace)),
+        "layer_trace_stderr": Variable(
+            ("layer",), np.zeros(len(names)) if exact else 0.1 * np.abs(layer_trace)
+        ),
         "done": Variable(("probe",), done),
     }
     if not exact:
@@ -110,10 +113,12 @@ def test_titles_name_matrix_method_and_state():
 def test_rounds_that_are_not_measured_and_unknown_errors_are_left_out():
     record = trace_record(SMALL)
     record["running_trace"][2:] = np.nan
-    record["layer_trace_stderr"][1] = np.nan
+    record["layer_trace_stderr"][1:3] = np.nan, np.inf
+    record["running_trace_stderr"][1] = np.inf
     picture = trace.prepare(record)
     np.testing.assert_array_equal(picture.counts, [16, 32])
-    assert picture.layer_half_width[1] == 0
+    assert list(picture.layer_half_width[1:3]) == [0, 0]
+    assert picture.running_half_width[1] == 0
     drawn(record, 7)
 
 
@@ -178,31 +183,34 @@ CASES = {
 def test_every_text_lies_in_the_figure_is_large_enough_and_apart(case: str, width: float):
     figure = drawn(CASES[case], width)
     renderer = figure.canvas.get_renderer()
-    texts = [t for t in figure.findobj(lambda a: hasattr(a, "get_fontsize")) if t.get_text() and t.get_visible()]
-    assert len(texts) > 8
-    for text in texts:
+    titles, tick_labels, others = _texts(figure)
+    assert len(titles) + len(tick_labels) > 8
+    for text in [*titles, *tick_labels, *others]:
         box = text.get_window_extent(renderer)
-        if not box.width:
-            continue
         assert text.get_fontsize() >= 7, text.get_text()
         assert box.x0 >= -1, text.get_text()
         assert box.y0 >= -1, text.get_text()
         assert box.x1 <= figure.bbox.x1 + 1, text.get_text()
         assert box.y1 <= figure.bbox.y1 + 1, text.get_text()
-    # titles, axis labels and tick labels do not run into each other
-    words = [a.title for a in figure.axes] + [a._right_title for a in figure.axes]
-    for axes in figure.axes:
-        words += [axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()]
-    words += [figure._suptitle]
-    boxes = [(w.get_text(), w.get_window_extent(renderer)) for w in words if w.get_text()]
-    boxes = [(text, box.padded(-0.5)) for text, box in boxes if _inside(box, figure.bbox)]
+    boxes = [(t.get_text(), t.get_window_extent(renderer).padded(-0.5)) for t in [*titles, *tick_labels]]
     for (a, first), (b, second) in itertools.combinations(boxes, 2):
         assert not first.overlaps(second), f"{a!r} runs into {b!r}"
 
 
-def _inside(box, whole) -> bool:
-    # matplotlib keeps labels of ticks outside the limits, without drawing them
-    return box.width > 0 and box.x0 >= -1 and box.x1 <= whole.x1 + 1 and box.y0 >= -1 and box.y1 <= whole.y1 + 1
+def _texts(figure: Figure) -> tuple[list[Text], list[Text], list[Text]]:
+    """Titles and axis labels, the tick labels that are drawn, and the rest (legends)."""
+    ticks, hidden = [], []
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in axis.get_major_ticks():
+                # matplotlib keeps labels of ticks outside the limits, without drawing them
+                (ticks if low <= tick.get_loc() <= high else hidden).append(tick.label1)
+    legends = [text for axes in figure.axes if axes.get_legend() for text in axes.get_legend().get_texts()]
+    known = {*ticks, *hidden, *legends}
+    every = [t for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible()]
+    titles = [t for t in every if t not in known and type(t) is Text]
+    return titles, [t for t in ticks if t.get_text()], legends
 
 
 def test_what_is_drawn_is_what_was_prepared():
@@ -216,7 +224,9 @@ def test_what_is_drawn_is_what_was_prepared():
     (segments,) = (c.get_segments() for c in left.collections if hasattr(c, "get_segments"))
     np.testing.assert_allclose(
         [[s[0][1], s[1][1]] for s in segments],
-        np.stack([record["running_trace"] + k * 1.96 * record["running_trace_stderr"] for k in (-1, 1)], axis=1),
+        np.stack(
+            [record["running_trace"] + k * 1.96 * record["running_trace_stderr"] for k in (-1, 1)], axis=1
+        ),
     )
     np.testing.assert_allclose([bar.get_width() for bar in right.patches], record["layer_trace"])
     assert [label.get_text() for label in right.get_yticklabels()] == SMALL
@@ -227,11 +237,16 @@ def test_what_is_drawn_is_what_was_prepared():
 
 
 def test_a_power_of_ten_is_taken_out_of_the_axis_and_stands_in_its_unit():
-    record = trace_record(SMALL, scale=1e-5)
+    record = trace_record(SMALL)
+    for name in ("running_trace", "running_trace_stderr", "layer_trace", "layer_trace_stderr"):
+        record.variables[name] = Variable(
+            record.variables[name].dims, record[name] / np.abs(record[name]).max() * 4e-5
+        )
     left, right = drawn(record, 7).axes
-    assert "10⁻⁵ loss / parameter²" in left.get_ylabel()
-    (power,) = {4, 5, 6} & {p for p in (4, 5, 6) if f"10⁻{'⁰¹²³⁴⁵⁶'[p]}" in right.get_xlabel()}
-    np.testing.assert_allclose([b.get_width() for b in right.patches], record["layer_trace"] * 10.0**power)
+    assert left.get_ylabel() == "trace (10⁻⁵ loss / parameter²)"
+    assert right.get_xlabel() == "trace per tensor (10⁻⁵ loss / parameter²)"
+    np.testing.assert_allclose([b.get_width() for b in right.patches], record["layer_trace"] * 1e5)
+    np.testing.assert_allclose(left.containers[0].lines[0].get_ydata(), record["running_trace"] * 1e5)
 
 
 def test_panels_stand_side_by_side_or_in_a_column():
@@ -302,10 +317,10 @@ def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_drawing_needs_neither_torch_nor_pyplot_and_changes_no_setting(tmp_path: Path):
     results.write(tmp_path / "trace.h5", trace_record(SMALL))
     code = (
-        "import sys, matplotlib; before = dict(matplotlib.rcParams); from landscape import plots; "
+        "import sys, matplotlib; before = str(matplotlib.rcParams.copy()); from landscape import plots; "
         "plots.plot(sys.argv[1], sys.argv[2]); "
         "assert not {'torch', 'matplotlib.pyplot', 'xarray'} & set(sys.modules); "
-        "assert before == dict(matplotlib.rcParams)"
+        "assert before == str(matplotlib.rcParams.copy())"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "trace.h5", tmp_path / "x.png"], check=True)
     assert (tmp_path / "x.png").stat().st_size > 10_000

@@ -320,6 +320,7 @@ def test_the_file_says_what_was_measured(tmp_path: Path) -> None:
     assert stored.attrs["parameter_ranges"]["0.bias"] == [48, 56]
     assert stored.attrs["check"]["product_error"] < 1e-6
     assert int(stored["matvecs"]) == 83
+    assert stored.attrs["examples"] == 20
 
 
 def test_without_check_it_says_so() -> None:

@@ -11,7 +11,6 @@ from torch import nn
 
 import landscape
 from landscape import testbeds
-from landscape.estimators.calibration import calibrated_stderr
 from landscape.metrics import Trace
 from landscape.testbeds.golden import step
 
@@ -102,31 +101,26 @@ def test_the_gauss_newton_trace_is_another_number() -> None:
     assert abs(float(expected) - float(H.trace())) > 0.01 * abs(float(expected))
 
 
-@pytest.mark.parametrize("frobenius", [False, True])
-def test_the_stated_interval_covers_the_truth(frobenius: bool) -> None:
-    """Whole metric, 600 seeds, 16 and 64 probes, total and each layer.
+@pytest.mark.parametrize("probes", [16, pytest.param(64, marks=pytest.mark.slow)])
+def test_the_stated_interval_covers_the_truth(probes: int) -> None:
+    """Whole metric, 600 seeds: the total, each layer, and the Frobenius norm.
 
-    Coverage of a 95 % interval over 600 seeds has sd 0.9 %; 92-98 % is the demand, and a calibrated
-    error leaves it with probability below 1e-3.
+    Coverage of a 95 % interval over 600 seeds has sd 0.9 %; 92-98 % is the demand. A calibrated error
+    leaves 92-98.5 % with probability below 1e-3 for each of the six numbers.
     """
     problem, H = regression()
-    truths = np.append(block_traces(H), float(H.trace()))
-    norm = float(H.norm())
-    for probes in (16, 64):
-        metric = Trace(method="hutchinson", max_probes=probes, rtol=0.0, frobenius=frobenius)
-        covered = np.zeros(6)
-        for seed in range(600):
-            record = landscape.evaluate(metric, _Dense(problem, H), seed)  # type: ignore[arg-type]
-            errors = np.append(record["layer_trace_stderr"], record["trace_stderr"])
-            values = np.append(record["layer_trace"], record["trace"])
-            covered[:5] += np.abs(values - truths) <= 1.96 * errors
-            if frobenius:
-                covered[5] += abs(record["frobenius_norm"] - norm) <= 1.96 * record["frobenius_norm_stderr"]
-        share = covered / 600
-        assert (share[:5] >= 0.92).all(), (probes, share)
-        assert (share[:5] <= 0.985).all(), (probes, share)
-        if frobenius:
-            assert 0.90 <= share[5] <= 0.985, (probes, share)
+    dense = _Dense(problem, H)
+    truths = np.array([*block_traces(H), float(H.trace()), float(H.norm())])
+    metric = Trace(method="hutchinson", max_probes=probes, rtol=0.0, frobenius=True)
+    covered = np.zeros(6)
+    for seed in range(600):
+        record = landscape.evaluate(metric, dense, seed)  # type: ignore[arg-type]
+        values = np.array([*record["layer_trace"], record["trace"], record["frobenius_norm"]])
+        errors = [*record["layer_trace_stderr"], record["trace_stderr"], record["frobenius_norm_stderr"]]
+        covered += np.abs(values - truths) <= 1.96 * np.array(errors)
+    share = covered / 600
+    assert (share >= 0.92).all(), share
+    assert (share <= 0.985).all(), share
 
 
 class _Dense:
@@ -244,7 +238,3 @@ def relu_net_trace(model: nn.Sequential, data: list[tuple[torch.Tensor, torch.Te
         for g, a in ((g3, a2), (g2, a1), (g1, x)):
             total += float((g.square().sum(1) * (a.square().sum(1) + 1)).sum())
     return total / len(x)
-
-
-def test_calibration_needs_two_samples() -> None:
-    assert np.isnan(calibrated_stderr(np.array([1.0])))

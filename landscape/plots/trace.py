@@ -85,7 +85,7 @@ def prepare(record: Record, name: str = "") -> TracePicture:
         result=_result(record, value, stderr),
         unit="estimates" if record.attrs.get("method") in {"hutchpp", "xtrace"} else "probes",
         value=value,
-        half_width=_NORMAL_95 * stderr if np.isfinite(stderr) else 0.0,
+        half_width=float(_half_width(np.asarray(stderr))),
         counts=counts,
         running=running,
         running_half_width=running_half_width,
@@ -216,7 +216,7 @@ def shortened(names: list[str], longest: int = _LONGEST_NAME) -> list[str]:
     What all have in front is left out, then words are shortened; numbers and the last word stay.
 
     >>> shortened([f"model.layers.{i}.self_attn.q_proj.weight" for i in (3, 11)], 20)
-    ['…3.s.q.weight', '…11.s.q.weight']
+    ['…3.sel.q_p.weight', '…11.sel.q_p.weight']
     """
     if all(len(name) <= longest for name in names):
         return names
@@ -239,7 +239,7 @@ def _layers(record: Record) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Return names, traces and halves of bands of the tensors; empty where the method gives none."""
     if "layer_trace" not in record:
         return [], np.zeros(0), np.zeros(0)
-    half = _NORMAL_95 * np.nan_to_num(record["layer_trace_stderr"])  # no error known: no bar of it
+    half = _half_width(record["layer_trace_stderr"])
     return [str(name) for name in record["layer"]], record["layer_trace"], half
 
 
@@ -248,8 +248,13 @@ def _rounds(record: Record) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if "running_trace" not in record:
         return np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
     known = np.isfinite(record["running_trace"])
-    half = _NORMAL_95 * np.nan_to_num(record["running_trace_stderr"][known])
+    half = _half_width(record["running_trace_stderr"][known])
     return record["round"][known], record["running_trace"][known], half
+
+
+def _half_width(stderr: np.ndarray) -> np.ndarray:
+    """Return half of a 95 % band; 0, so that none is drawn, where the error is not known."""
+    return np.where(np.isfinite(stderr), _NORMAL_95 * stderr, 0.0)
 
 
 def _title(record: Record, name: str) -> str:
@@ -291,7 +296,7 @@ def _bars_height(picture: TracePicture) -> float:
 
 def _scale(values: np.ndarray) -> tuple[float, str]:
     """Return a factor that brings values to a readable size, and the unit they then have."""
-    largest = float(np.max(np.abs(values), initial=0.0))
+    largest = float(np.max(np.abs(values[np.isfinite(values)]), initial=0.0))
     power = int(np.floor(np.log10(largest))) if largest > 0 else 0
     if -3 <= power <= 3:
         return 1.0, "loss / parameter²"
