@@ -207,7 +207,15 @@ def test_interrupted_runs_end_as_uninterrupted_ones(metric: Metric, tmp_path: Pa
     assert same(whole, landscape.open(tmp_path / "cut" / f"{metric.name}.h5"))
 
 
-@pytest.mark.parametrize("metric", [Draws(pause=0.01), Power(steps=12, pause=0.005)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "metric",
+    [
+        Draws(pause=0.01),
+        Power(steps=12, pause=0.005),
+        Trace(method="hutchinson", max_probes=2048, rtol=0.0),
+    ],
+    ids=lambda m: m.name,
+)
 def test_killed_runs_go_on_and_end_bit_identical(metric: Metric, tmp_path: Path) -> None:
     whole = landscape.measure(metric, small_problem())
     moments, kills = random.Random(0), 0

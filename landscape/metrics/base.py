@@ -373,7 +373,7 @@ def load(spec: str) -> type[Metric]:
     if spec.replace("-", "_") in known:
         return known[spec.replace("-", "_")]
     near = difflib.get_close_matches(spec, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else "."
     raise UnknownMetric(f"unknown metric {spec!r}{hint} Known: {', '.join(known)}; or a file, ./mine.py")
 
 
