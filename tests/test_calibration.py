@@ -56,17 +56,13 @@ def test_trailing_axes_are_treated_one_by_one():
     np.testing.assert_allclose(together, alone, rtol=1e-13)
 
 
-@pytest.mark.parametrize("scale", [1e-8, -3.0, 1e-150, 1e100])
+@pytest.mark.parametrize("scale", [1e-8, -3.0, 1e-50])
 def test_stderr_scales_with_the_samples(scale):
     samples, moments = _simulate(0.8 ** np.arange(30), 20, 5, seed=2)
-    scaled = block_free(moments, scale) if 1e-70 < abs(scale) < 1e70 else None
-    rows = moments if scaled is not None else None
-    expected = abs(scale) * calibrated_stderr(samples, rows)
-    np.testing.assert_allclose(calibrated_stderr(samples * scale, scaled), expected, rtol=1e-12)
-
-
-def block_free(moments: Array, scale: float) -> Array:
-    return moments * scale ** np.array([2, 3, 4])
+    scaled = calibrated_stderr(samples * scale, moments * scale ** np.array([2, 3, 4]))
+    np.testing.assert_allclose(scaled, abs(scale) * calibrated_stderr(samples, moments), rtol=1e-12)
+    alone = calibrated_stderr(samples * scale**3)
+    np.testing.assert_allclose(alone, abs(scale) ** 3 * calibrated_stderr(samples), rtol=1e-12)
 
 
 def test_limits():

@@ -71,6 +71,42 @@ def draw(
     raise ValueError(f"distribution {distribution!r} is unknown; allowed are {', '.join(DISTRIBUTIONS)}")
 
 
+def order(A: Operator) -> int:
+    """Return n of an operator of shape (n, n).
+
+    Raises:
+        ValueError: if it is not square, is empty, or is not of a real floating-point type.
+    """
+    shape = tuple(A.shape)
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise ValueError(f"the operator has shape {shape}; a trace needs (n, n) with n >= 1")
+    if not A.dtype.is_floating_point:
+        raise ValueError(
+            f"the operator has dtype {A.dtype}; allowed are real floating-point types: convert it"
+        )
+    return int(shape[0])
+
+
+def exact_trace(A: Operator, n: int, block: int = 16) -> float:
+    """Return tr A by n products with unit vectors, `block` of them at a time, summed in float64."""
+    total = 0.0
+    for start in range(0, n, block):
+        units = torch.zeros(n, min(block, n - start), dtype=A.dtype, device=A.device)
+        units[start : start + block].fill_diagonal_(1.0)
+        total += float((A @ units)[start : start + block].diagonal().double().sum())
+    return total
+
+
+def rounding(V: Tensor, AV: Tensor) -> float:
+    """Return the size of the rounding error of v·Av, the largest of the block.
+
+    4 eps ‖v‖ ‖Av‖, eps of the type of the products: it scales with A, and keeps value ± 1.96 stderr true
+    where an estimator is exact (signs on a diagonal matrix, low rank) and the samples agree to the last bit.
+    """
+    norms = torch.linalg.vector_norm(V, dim=0) * torch.linalg.vector_norm(AV, dim=0)
+    return 4.0 * torch.finfo(V.dtype).eps * float(norms.max())
+
+
 def inner(U: Tensor, V: Tensor) -> Tensor:
     """Return Uᵀ V, summed in float64 in pieces of bounded size.
 

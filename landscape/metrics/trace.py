@@ -137,7 +137,8 @@ class Trace(Metric):
             samples = record["samples"][done]
             combine = np.sum if exact else np.mean
             moments = None if exact else record["layer_moments"][done]
-            errors = np.zeros(samples.shape[1]) if exact else calibrated_stderr(samples, moments)
+            block = record.attrs["block_size"]
+            errors = np.zeros(samples.shape[1]) if exact else calibrated_stderr(samples, moments, block=block)
             result["layer_trace"] = Variable(("layer",), combine(samples, axis=0), "1", "trace of the block")
             result["layer_trace_stderr"] = Variable(("layer",), errors, "1", "standard error of layer_trace")
         if "squared_norm" in record:
@@ -194,7 +195,8 @@ def _estimate(record: Record, count: int) -> tuple[float, float]:
     samples = record["samples"][:count][done].sum(axis=1)
     if record.attrs["method"] == "exact":
         return float(samples.sum()), 0.0
-    return float(samples.mean()), float(calibrated_stderr(samples, record["moments"][:count][done]))
+    moments, block = record["moments"][:count][done], record.attrs["block_size"]
+    return float(samples.mean()), float(calibrated_stderr(samples, moments, block=block))
 
 
 def _frobenius(squares: np.ndarray, exact: bool) -> Values:
