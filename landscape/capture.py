@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from landscape.uses import Lookup, Outer, Pointwise, TransposedConvolution, Use, windows
+from landscape.uses import Lookup, Outer, Pointwise, TransposedConvolution, Use, Window
 
 # Differences of a gradient put together by rules from autograd's, in units of rounding of its terms.
 _ROUNDING = 1e3
@@ -92,7 +92,7 @@ class Capture:
             kept: the numbers of these examples, ascending.
         """
         calls = sorted({use.call for uses in self.uses for use in uses})
-        inputs = [*self.parameters, *(self.edges[call] for call in calls)]
+        inputs: list[Any] = [*self.parameters, *(self.edges[call] for call in calls)]
         found = torch.autograd.grad(heads, inputs, tails, retain_graph=True, allow_unused=True)
         truth, rest = found[: len(self.parameters)], found[len(self.parameters) :]
         at = {call: g for call, g in zip(calls, rest, strict=True) if g is not None}
@@ -121,19 +121,22 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         given = kwargs or {}
         out = func(*args, **given)
-        rule = _RULES.get(func)
-        if rule is not None and isinstance(out, Tensor):
-            values = (*args, *given.values())
-            if any(self.capture.owns(value) for value in values):
-                rule(self.capture, out, *args, **given)
+        known = _RULES.get(func)
+        if known is not None and isinstance(out, Tensor):
+            rule, names = known
+            named = dict(zip(names, args, strict=False)) | given
+            if any(self.capture.owns(value) for value in named.values()):
+                rule(self.capture, out, named)
         return out
 
 
-# Rules, each with the signature of the function it watches.
+# Rules: each is given a call's output and its arguments by name. A pair is a parameter and its use.
+
+_Pair = tuple[Any, Callable[[int], Use | None]]
 
 
-def _outer(capture: Capture, w: Tensor, x: Tensor, transposed: bool) -> Callable[[int], Use | None]:
-    """The rule of x @ w.T, or of x @ w if transposed; rows are all dimensions of x but the last."""
+def _outer(capture: Capture, w: Tensor, x: Tensor, transposed: bool) -> _Pair:
+    """The weight of x @ w.T, or of x @ w if transposed; rows are all dimensions of x but the last."""
 
     def split(t: Tensor) -> Tensor:
         return t.reshape(t.shape[0], 1, -1, t.shape[-1]).transpose(-1, -2)
@@ -141,17 +144,16 @@ def _outer(capture: Capture, w: Tensor, x: Tensor, transposed: bool) -> Callable
     def make(call: int) -> Use | None:
         if w.ndim != 2 or x.ndim < 2 or x.shape[0] % capture.examples:
             return None
-        return Outer(
-            call, capture.examples, tuple(w.shape), x.detach(), split, split, 1, transposed, "matrix product"
-        )
+        shape = tuple(w.shape)
+        return Outer(call, capture.examples, shape, x.detach(), split, split, 1, transposed, "matrix product")
 
-    return make
+    return w, make
 
 
 def _spread(
-    capture: Capture, out: Tensor, w: Any, axis: int | None, factor: Callable[[], Tensor] | None, name: str
-) -> tuple[Any, Callable[[int], Use | None]]:
-    """The rule of a parameter that is broadcast to the output: from `axis` on, or to the last dimensions."""
+    capture: Capture, out: Tensor, w: Any, axis: int | None = None, factor: Callable[[], Tensor] | None = None
+) -> _Pair:
+    """A factor or a summand that is broadcast to the output: from `axis` on, or to the last dimensions."""
 
     def make(call: int) -> Use | None:
         before = out.ndim - w.ndim if axis is None else axis
@@ -159,245 +161,163 @@ def _spread(
         aligned += (1,) * (out.ndim - len(aligned))
         if before < 0 or (aligned[0] != 1 and out.shape[0] != 1):
             return None
-        return Pointwise(call, capture.examples, tuple(w.shape), aligned, factor, name)
+        return Pointwise(call, capture.examples, tuple(w.shape), aligned, factor, out.shape[0])
 
     return w, make
 
 
-def _linear(capture: Capture, out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:  # noqa: A002
-    pairs = [(weight, _outer(capture, weight, input, False)), _spread(capture, out, bias, None, None, "bias")]
+def _linear(capture: Capture, out: Tensor, a: dict[str, Any]) -> None:
+    pairs = [_outer(capture, a["weight"], a["input"], False), _spread(capture, out, a.get("bias"))]
     capture.add(out, pairs)
 
 
-def _matmul(capture: Capture, out: Tensor, input: Tensor, other: Tensor, **_: Any) -> None:  # noqa: A002
-    if out.ndim == input.ndim:
-        capture.add(out, [(other, _outer(capture, other, input, True))])
+def _matmul(capture: Capture, out: Tensor, a: dict[str, Any]) -> None:
+    if out.ndim == a["input"].ndim:
+        capture.add(out, [_outer(capture, a["weight"], a["input"], True)])
 
 
-def _addmm(capture: Capture, out: Tensor, bias: Tensor, x: Tensor, w: Tensor, **scales: Any) -> None:
-    if not scales:
-        pairs = [(w, _outer(capture, w, x, True)), _spread(capture, out, bias, None, None, "bias")]
+def _addmm(capture: Capture, out: Tensor, a: dict[str, Any]) -> None:
+    if not {"alpha", "beta"} & set(a):
+        pairs = [_outer(capture, a["weight"], a["input"], True), _spread(capture, out, a["bias"])]
         capture.add(out, pairs)
 
 
-def _embedding(
-    capture: Capture,
-    out: Tensor,
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    padding_idx: int | None = None,
-    **_: Any,
-) -> None:
+def _embedding(capture: Capture, out: Tensor, a: dict[str, Any]) -> None:
+    index, w, padding = a["input"], a["weight"], a.get("padding_idx")
+
     def make(call: int) -> Use | None:
-        if not input.ndim or input.shape[0] % capture.examples:
+        if not index.ndim or index.shape[0] % capture.examples:
             return None
-        padding = None if padding_idx is None else padding_idx % weight.shape[0]
-        return Lookup(call, capture.examples, tuple(weight.shape), input, padding)
+        fixed = None if padding is None else padding % w.shape[0]
+        return Lookup(call, capture.examples, tuple(w.shape), index, fixed)
 
-    capture.add(out, [(weight, make)])
+    capture.add(out, [(w, make)])
 
 
-def _mul(capture: Capture, out: Tensor, a: Any, b: Any, **_: Any) -> None:
+def _mul(capture: Capture, out: Tensor, a: dict[str, Any]) -> None:
     def factor(x: Any) -> Callable[[], Tensor]:
         return lambda: x.detach() if isinstance(x, Tensor) else torch.as_tensor(x, dtype=out.dtype)
 
-    pairs = [_spread(capture, out, w, None, factor(x), "product") for w, x in ((a, b), (b, a))]
-    capture.add(out, pairs)
+    orders = ((a["input"], a["other"]), (a["other"], a["input"]))
+    capture.add(out, [_spread(capture, out, w, None, factor(x)) for w, x in orders])
 
 
-def _add(capture: Capture, out: Tensor, a: Any, b: Any, *, alpha: Any = 1, **_: Any) -> None:
-    if alpha == 1:
-        capture.add(out, [_spread(capture, out, w, None, None, "bias") for w in (a, b)])
+def _add(capture: Capture, out: Tensor, a: dict[str, Any]) -> None:
+    if a.get("alpha", 1) == 1:
+        capture.add(out, [_spread(capture, out, w) for w in (a["input"], a["other"])])
 
 
-def _prelu(capture: Capture, out: Tensor, input: Tensor, weight: Tensor) -> None:  # noqa: A002
-    x = input.detach()
-    axis = None if weight.numel() == 1 else 1
-    capture.add(out, [_spread(capture, out, weight, axis, lambda: x.clamp(max=0), "prelu")])
+def _prelu(capture: Capture, out: Tensor, a: dict[str, Any]) -> None:
+    x, w = a["input"].detach(), a["weight"]
+    axis = None if w.numel() == 1 else 1
+    capture.add(out, [_spread(capture, out, w, axis, lambda: x.clamp(max=0))])
 
 
-def _normalized(
-    capture: Capture,
-    out: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    axis: int | None,
-    standard: Callable[[], Tensor],
-) -> None:
-    def factor() -> Tensor:
-        with torch.no_grad():
-            return standard()
+def _normalization(standard: Any, axis: int | None) -> Callable[[Capture, Tensor, dict[str, Any]], None]:
+    """The rule of y = w x̂ + b; x̂ is the same function without w and b, which stand from `axis` on."""
 
-    name = "normalization"
-    pairs = [_spread(capture, out, weight, axis, factor, name), _spread(capture, out, bias, axis, None, name)]
-    capture.add(out, pairs)
+    def rule(capture: Capture, out: Tensor, a: dict[str, Any]) -> None:
+        if a.get("training"):  # the statistics couple examples
+            return
+        options = {key: value for key, value in a.items() if key not in {"input", "weight", "bias"}}
+        if a.get("use_input_stats"):  # otherwise the running statistics would be updated once more
+            options |= {"running_mean": None, "running_var": None}
+        x = a["input"].detach()
 
+        def factor() -> Tensor:
+            with torch.no_grad():
+                made: Tensor = standard(x, **options)
+            return made
 
-def _layer_norm(
-    capture: Capture,
-    out: Tensor,
-    input: Tensor,  # noqa: A002
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    **_: Any,
-) -> None:
-    x = input.detach()
-    _normalized(capture, out, weight, bias, None, lambda: F.layer_norm(x, normalized_shape, eps=eps))
+        pairs = [
+            _spread(capture, out, a.get("weight"), axis, factor),
+            _spread(capture, out, a.get("bias"), axis),
+        ]
+        capture.add(out, pairs)
+
+    return rule
 
 
-def _rms_norm(
-    capture: Capture,
-    out: Tensor,
-    input: Tensor,  # noqa: A002
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> None:
-    x = input.detach()
-    _normalized(capture, out, weight, None, None, lambda: F.rms_norm(x, normalized_shape, eps=eps))
-
-
-def _group_norm(
-    capture: Capture,
-    out: Tensor,
-    input: Tensor,  # noqa: A002
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    **_: Any,
-) -> None:
-    x = input.detach()
-    _normalized(capture, out, weight, bias, 1, lambda: F.group_norm(x, num_groups, eps=eps))
-
-
-def _batch_norm(
-    capture: Capture,
-    out: Tensor,
-    input: Tensor,  # noqa: A002
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,  # noqa: ARG001
-    eps: float = 1e-5,
-) -> None:
-    x = input.detach()
-    if not training:
-        standard = lambda: F.batch_norm(x, running_mean, running_var, eps=eps)  # noqa: E731
-        _normalized(capture, out, weight, bias, 1, standard)
-
-
-def _instance_norm(
-    capture: Capture,
-    out: Tensor,
-    input: Tensor,  # noqa: A002
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,  # noqa: ARG001
-    eps: float = 1e-5,
-) -> None:
-    x = input.detach()
-    # With the input's own statistics the running ones would only be updated once more.
-    mean, var = (None, None) if use_input_stats else (running_mean, running_var)
-    standard = lambda: F.instance_norm(x, mean, var, use_input_stats=use_input_stats, eps=eps)  # noqa: E731
-    _normalized(capture, out, weight, bias, 1, standard)
-
-
-def _each(value: Any, dimensions: int) -> tuple[int, ...]:
-    return (value,) * dimensions if isinstance(value, int) else tuple(value) * (dimensions // len(value))
-
-
-def _convolution(
-    capture: Capture,
-    out: Tensor,
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> None:
-    if input.ndim != weight.ndim:
+def _convolution(capture: Capture, out: Tensor, a: dict[str, Any]) -> None:
+    x, w, groups = a["input"], a["weight"], a.get("groups", 1)
+    if x.ndim != w.ndim:
         return
-    kernel = tuple(weight.shape[2:])
-    strides, dilations = (_each(value, len(kernel)) for value in (stride, dilation))
-    if padding == "same":
-        reach = [d * (size - 1) for size, d in zip(kernel, dilations, strict=True)]
-        zeros = [(r // 2, r - r // 2) for r in reach]
-    else:
-        zeros = [(p, p) for p in _each(0 if padding == "valid" else padding, len(kernel))]
+    window = Window.of(w, a.get("stride", 1), a.get("padding", 0), a.get("dilation", 1), groups)
 
     def make(call: int) -> Use:
+        def split(g: Tensor) -> Tensor:
+            return g.reshape(g.shape[0], groups, g.shape[1] // groups, -1)
+
+        shape = tuple(w.shape)
         return Outer(
-            call,
-            capture.examples,
-            tuple(weight.shape),
-            input.detach(),
-            lambda x: windows(x, kernel, strides, zeros, dilations, groups),
-            lambda g: g.reshape(g.shape[0], groups, g.shape[1] // groups, -1),
-            groups,
-            False,
-            "convolution",
+            call, capture.examples, shape, x.detach(), window.seen, split, groups, False, "convolution"
         )
 
-    capture.add(out, [(weight, make), _spread(capture, out, bias, 1, None, "bias")])
+    capture.add(out, [(w, make), _spread(capture, out, a.get("bias"), 1)])
 
 
-def _transposed_convolution(
-    capture: Capture,
-    out: Tensor,
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,  # noqa: ARG001  (where it stops is told by the input's size)
-    groups: int = 1,
-    dilation: Any = 1,
-) -> None:
-    if input.ndim != weight.ndim:
+def _transposed_convolution(capture: Capture, out: Tensor, a: dict[str, Any]) -> None:
+    x, w, groups = a["input"], a["weight"], a.get("groups", 1)
+    if x.ndim != w.ndim:
         return
-    kernel, places = tuple(weight.shape[2:]), tuple(input.shape[2:])
-    strides, dilations, pads = (_each(value, len(kernel)) for value in (stride, dilation, padding))
-    zeros = [(p, p) for p in pads]
+    window = Window.of(w, a.get("stride", 1), a.get("padding", 0), a.get("dilation", 1), groups)
+    places = tuple(x.shape[2:])  # an output padding lies behind the last of them
 
     def make(call: int) -> Use:
+        shape = tuple(w.shape)
         return TransposedConvolution(
-            call,
-            capture.examples,
-            tuple(weight.shape),
-            input.detach(),
-            lambda g: windows(g, kernel, strides, zeros, dilations, groups, places),
-            groups,
+            call, capture.examples, shape, x.detach(), lambda g: window.seen(g, places), groups
         )
 
-    capture.add(out, [(weight, make), _spread(capture, out, bias, 1, None, "bias")])
+    capture.add(out, [(w, make), _spread(capture, out, a.get("bias"), 1)])
 
 
-_RULES: dict[Any, Callable[..., None]] = {
-    F.linear: _linear,
-    F.embedding: _embedding,
-    F.layer_norm: _layer_norm,
-    torch.layer_norm: _layer_norm,
-    F.rms_norm: _rms_norm,
-    torch.rms_norm: _rms_norm,
-    F.group_norm: _group_norm,
-    torch.group_norm: _group_norm,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
-    F.prelu: _prelu,
-    torch.addmm: _addmm,
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed_convolution),
-    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _matmul),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _mul),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_), _add),
-}
+_Rule = tuple[Callable[[Capture, Tensor, dict[str, Any]], None], list[str]]
+
+
+def _table() -> dict[Any, _Rule]:
+    """Functions, their rules, and the names of their arguments in order."""
+    functions: list[tuple[tuple[Any, ...], Any, str]] = [
+        ((F.linear,), _linear, "input weight bias"),
+        ((torch.addmm,), _addmm, "bias input weight"),
+        ((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _matmul, "input weight"),
+        ((F.embedding,), _embedding, "input weight padding_idx"),
+        ((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _mul, "input other"),
+        ((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_), _add, "input other"),
+        ((F.prelu,), _prelu, "input weight"),
+        (
+            (F.layer_norm, torch.layer_norm),
+            _normalization(F.layer_norm, None),
+            "input normalized_shape weight bias eps",
+        ),
+        ((F.rms_norm, torch.rms_norm), _normalization(F.rms_norm, None), "input normalized_shape weight eps"),
+        (
+            (F.group_norm, torch.group_norm),
+            _normalization(F.group_norm, 1),
+            "input num_groups weight bias eps",
+        ),
+        (
+            (F.batch_norm,),
+            _normalization(F.batch_norm, 1),
+            "input running_mean running_var weight bias training momentum eps",
+        ),
+        (
+            (F.instance_norm,),
+            _normalization(F.instance_norm, 1),
+            "input running_mean running_var weight bias use_input_stats momentum eps",
+        ),
+        (
+            (F.conv1d, F.conv2d, F.conv3d),
+            _convolution,
+            "input weight bias stride padding dilation groups",
+        ),
+        (
+            (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+            _transposed_convolution,
+            "input weight bias stride padding output_padding groups dilation",
+        ),
+    ]
+    return {function: (rule, names.split()) for some, rule, names in functions for function in some}
+
+
+_RULES = _table()

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from landscape import batches as batching
-from landscape import output_curvature, per_example, seeds, uses
+from landscape import output_curvature, per_example, seeds
 from landscape.capture import Capture
-from landscape.output_curvature import Columns, Outputs
+from landscape.example_norms import squares
+from landscape.output_curvature import Columns, CrossEntropy, Ending, Outputs
 
 if TYPE_CHECKING:
     from landscape.problem import Problem
@@ -115,7 +116,7 @@ def sampled(problem: Problem, generators: Sequence[torch.Generator]) -> np.ndarr
     """
     problem.require_outputs("the trace of the generalized Gauss-Newton matrix")
     found = np.zeros((len(generators), len(problem.names)))
-    weights = 0.0
+    weights, tested = 0.0, False
     with problem.session():
         for piece, weight in problem.evaluator.pieces(problem.batches):
             weights += weight
@@ -124,7 +125,8 @@ def sampled(problem: Problem, generators: Sequence[torch.Generator]) -> np.ndarr
                 outputs = _outputs(problem, piece, _examples(piece))
                 if not outputs.heads:
                     continue
-                parts = _columns_of(problem, outputs, piece, weight)
+                parts = _columns_of(problem, outputs, piece, weight, tested)
+                tested = isinstance(parts, CrossEntropy)
                 for row, stream in zip(found, generators, strict=True):
                     for flat, sign in parts.drawn(stream):
                         row[:] += sign * _squared_gradients(outputs, leaves, flat)
@@ -152,6 +154,7 @@ class _Exact:
         self.apart = True  # whether examples go through the model one by one
         self.bytes: dict[Any, int] = {}  # output gradients of an example, by the shapes of its tensors
         self.fallback = per_example.PerExample(problem, memory)
+        self.tested = False  # whether the loss was found to be what it looks like
         self.work, self.examples = 0, 0
 
     def run(self) -> BlockTraces:
@@ -193,9 +196,10 @@ class _Exact:
                 return 0
             self._test(capture, outputs, range(len(leaves)))
             weight = self.problem.evaluator.weigh(piece)
-            number = _columns_of(self.problem, outputs, piece, weight).count
+            parts = _columns_of(self.problem, outputs, piece, weight)
+            self.tested = isinstance(parts, CrossEntropy)
         each = sum(capture.sizes) * outputs.heads[0].element_size() // count + 8 * outputs.size
-        return min(number, _MOST_COLUMNS_AT_ONCE) * each
+        return min(parts.count, _MOST_COLUMNS_AT_ONCE) * each
 
     def _stands_alone(self, piece: Any, outputs: Outputs) -> bool:
         """Whether the last example alone has the outputs that it has among the others."""
@@ -231,7 +235,8 @@ class _Exact:
             self.examples += count
             if not outputs.heads:
                 return
-            parts = _columns_of(self.problem, outputs, piece, weight)
+            parts = _columns_of(self.problem, outputs, piece, weight, self.tested)
+            self.tested = isinstance(parts, CrossEntropy)
             self.columns = max(self.columns, parts.count)
             self._retest(capture, outputs)
             ruled = [i for i in range(len(leaves)) if capture.uses[i] and i not in self.refuted]
@@ -268,12 +273,13 @@ class _Exact:
             return
         heads = outputs.heads
         calls = sorted({use.call for i in ruled for use in capture.uses[i]})
+        norms: dict[int, Tensor] = {}
         at = [capture.output_gradients(calls, heads, outputs.tails(flat)) for flat in flats]
         for i in ruled:
             reached = [use for use in capture.uses[i] if use.call in at[0]]
             if reached:
                 g = [[one[use.call] for one in at] for use in reached]
-                found = uses.squares(reached, g, self.memory)
+                found = squares(reached, g, self.memory, norms)
                 self.blocks[i] += float((found.double() * signs).sum())
                 self.rules[i].update(use.kind for use in reached)
 
@@ -333,7 +339,10 @@ def _outputs(problem: Problem, piece: Any, examples: int) -> Outputs:
     return Outputs(nest, examples if whole else 1)
 
 
-def _columns_of(problem: Problem, outputs: Outputs, piece: Any, weight: float) -> Columns:
+def _columns_of(
+    problem: Problem, outputs: Outputs, piece: Any, weight: float, tested: bool = False
+) -> Columns:
     evaluator = problem.evaluator
     target, scale = evaluator.target_of(piece), evaluator.scale(weight)
-    return output_curvature.columns(outputs, evaluator.loss_from, evaluator._loss, target, scale)
+    ending = Ending(evaluator.loss_from, evaluator._loss, target, scale)
+    return output_curvature.columns(outputs, ending, tested)

@@ -200,25 +200,38 @@ class Dense(Columns):
         return found
 
 
-def columns(
-    outputs: Outputs, ending: Callable[[Any, Any], Tensor], loss: Any, target: Any, scale: float
-) -> Columns:
+@dataclass(frozen=True)
+class Ending:
+    """What follows on the outputs of a micro-batch: the sum of its loss's terms.
+
+    Attributes:
+        function: the loss as a function of the nest of outputs and the target.
+        loss: the same as the user gave it, to recognise it.
+        target: of the micro-batch.
+        scale: what the loss must be multiplied with to be the sum of its terms.
+    """
+
+    function: Callable[[Any, Any], Tensor]
+    loss: Any
+    target: Any
+    scale: float
+
+
+def columns(outputs: Outputs, ending: Ending, tested: bool = False) -> Columns:
     """Cut Λ of the loss's sum over a micro-batch into columns.
 
     Args:
         outputs: of the micro-batch.
-        ending: the loss as a function of the nest of outputs and the target.
-        loss: the same as the user gave it, to recognise it.
-        target: of the micro-batch.
-        scale: what the loss must be multiplied with to be the sum of its terms.
+        ending: the loss.
+        tested: whether the closed form of cross-entropy has been found right on another micro-batch.
 
     Raises:
         Refused: if a loss of unknown form couples examples, or more than 4096 outputs of one.
     """
-    known = _cross_entropy(outputs, loss, target, scale)
-    if known is not None and _is_this(known, outputs, ending, loss, target, scale):
+    known = _cross_entropy(outputs, ending)
+    if known is not None and (tested or _is_this(known, outputs, ending)):
         return known
-    slope = _slope(outputs, ending, target, scale, outputs.flat())
+    slope = _slope(outputs, ending, outputs.flat())
     d = slope.product(torch.ones_like(slope.point))
     r = _normal_like(slope.point)
     bent = slope.product(r)
@@ -246,67 +259,58 @@ class _Slope:
         return torch.zeros_like(v) if found is None else found
 
 
-def _slope(
-    outputs: Outputs, ending: Callable[[Any, Any], Tensor], target: Any, scale: float, point: Tensor
-) -> _Slope:
+def _slope(outputs: Outputs, ending: Ending, point: Tensor) -> _Slope:
     """In float64 if the loss can be computed in it: where predictions are sure, Λ is a small difference."""
     try:
-        exact = tree_map(lambda t: t.double() if t.is_floating_point() else t, target)
-        found = _Slope(lambda f: scale * ending(outputs.replaced(f), exact), point.double())
+        exact = tree_map(lambda t: t.double() if t.is_floating_point() else t, ending.target)
+        found = _Slope(lambda f: ending.scale * ending.function(outputs.replaced(f), exact), point.double())
         found.product(torch.ones_like(found.point))
     except RuntimeError:
-        return _Slope(lambda f: scale * ending(outputs.replaced(f), target), point)
+        return _Slope(lambda f: ending.scale * ending.function(outputs.replaced(f), ending.target), point)
     return found
 
 
-def _cross_entropy(
-    outputs: Outputs, loss: Any, target: Any, scale: float, at: Tensor | None = None
-) -> CrossEntropy | None:
+def _cross_entropy(outputs: Outputs, ending: Ending, at: Tensor | None = None) -> CrossEntropy | None:
     """The closed form, if the loss is PyTorch's cross-entropy of one tensor; `at` other outputs, if given."""
-    name, options = losses.describe(loss)
-    nest = outputs.nest
+    name, options = losses.describe(ending.loss)
+    nest, target = outputs.nest, ending.target
     if name != "cross_entropy" or not isinstance(nest, Tensor) or not isinstance(target, Tensor):
         return None
     if nest.ndim < 2 or not nest.requires_grad or nest.shape[1] < 2:
         return None
-    f = nest.detach() if at is None else at.reshape(nest.shape)
-    f = f.double()
-    classes, smoothing = f.shape[1], float(options.get("label_smoothing", 0.0))
-    weight = options.get("weight")
-    w = f.new_ones(classes) if weight is None else weight.detach().to(f.device, torch.float64)
+    f = (nest.detach() if at is None else at.reshape(nest.shape)).double()
     divisor = 1.0
     if options.get("reduction", "mean") == "mean":
-        derived = losses.derived_weight(loss, "mean")
+        derived = losses.derived_weight(ending.loss, "mean")
         assert derived is not None
         divisor = derived(target)
+    factor = ending.scale / divisor if divisor else math.nan
+    kappa = _kappa(target, f.shape[1], options).reshape(f.shape[0], -1) * factor
+    p = torch.softmax(f, 1).reshape(*f.shape[:2], -1)
+    n = outputs.examples
+    return CrossEntropy(p.reshape(n, -1, *p.shape[1:]), kappa.reshape(n, -1, kappa.shape[1]), nest.dtype)
+
+
+def _kappa(target: Tensor, classes: int, options: dict[str, Any]) -> Tensor:
+    """The weight of each position's term: of its class, of its probabilities, 0 where it is ignored."""
+    smoothing, weight = float(options.get("label_smoothing", 0.0)), options.get("weight")
+    if weight is None:
+        w = torch.ones(classes, dtype=torch.float64, device=target.device)
+    else:
+        w = weight.detach().to(target.device, torch.float64)
     if target.is_floating_point():
         smooth = (1 - smoothing) * target.double() + smoothing / classes
-        kappa = (smooth.movedim(1, -1) * w).sum(-1)  # rows, positions
-    else:
-        valid = target != options.get("ignore_index", -100)
-        kappa = (1 - smoothing) * w[target.where(valid, 0)] + smoothing * w.mean()
-        kappa = kappa * valid
-    p = torch.softmax(f, 1).flatten(2) if f.ndim > 2 else torch.softmax(f, 1)[..., None]
-    rows = (outputs.examples, f.shape[0] // outputs.examples)
-    factor = scale / divisor if divisor else math.nan
-    return CrossEntropy(
-        p.unflatten(0, rows), (kappa.reshape(f.shape[0], -1) * factor).unflatten(0, rows), nest.dtype
-    )
+        return (smooth.movedim(1, -1) * w).sum(-1)
+    valid = target != options.get("ignore_index", -100)
+    return ((1 - smoothing) * w[target.where(valid, 0)] + smoothing * w.mean()) * valid
 
 
-def _is_this(
-    known: CrossEntropy,
-    outputs: Outputs,
-    ending: Callable[[Any, Any], Tensor],
-    loss: Any,
-    target: Any,
-    scale: float,
-) -> bool:
+def _is_this(known: CrossEntropy, outputs: Outputs, ending: Ending) -> bool:
     """Test the closed form against the loss, away from the model's outputs: sure predictions tell little."""
     point = _normal_like(outputs.flat())
-    there = _cross_entropy(outputs, loss, target, scale, point)
+    there = _cross_entropy(outputs, ending, point)
     assert there is not None
-    slope = _slope(outputs, ending, target, scale, point)
+    slope = _slope(outputs, ending, point)
     v = _normal_like(slope.point, 1)
     seen = v.double().reshape(known.p.shape)
     inner = (there.p * seen).sum(2, keepdim=True)

@@ -100,7 +100,7 @@ class PerExample:
                 found = batching.tensors(nest)
                 return torch.cat([found[i].reshape(-1) for i in heads])
 
-            _, pull = torch.func.vjp(outputs, *wanted)
+            pull = torch.func.vjp(outputs, *wanted)[1]
             slopes = torch.vmap(pull)(s)
             return tuple(slope.flatten(1).square().sum(1) for slope in slopes)
 

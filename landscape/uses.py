@@ -56,10 +56,14 @@ class Use(ABC):
     def natural_size(self, g: Tensor) -> float:
         """The root of the sum of the squared terms that make the gradient: the scale of its rounding."""
 
+    def single(self) -> Tensor | None:
+        """Squared numbers b (N,) with ‖gradient‖² = ‖g‖² b, where an example has one row; else None."""
+        return None
+
     def rows(self, t: Tensor, lo: int, hi: int) -> Tensor:
         """The rows of examples lo to hi, shape (hi - lo, k, ...)."""
         k = t.shape[0] // self.examples
-        return t[lo * k : hi * k].unflatten(0, (hi - lo, k))
+        return t[lo * k : hi * k].reshape(hi - lo, k, *t.shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +95,12 @@ class Outer(Use):
         """Shape of the input of an example."""
         return self.name, self.input.shape[0] // self.examples, tuple(self.input.shape[1:])
 
+    def single(self) -> Tensor | None:
+        """‖a‖²."""
+        if self.name == "convolution" or math.prod(self.input.shape[:-1]) != self.examples:
+            return None
+        return squared_norms(self.input.reshape(self.examples, -1))
+
     def right(self, lo: int, hi: int) -> Tensor:
         """The inputs a as (n, groups, I, rows)."""
         return self._joined(self.patches(self.rows(self.input, lo, hi).flatten(0, 1)), hi - lo)
@@ -114,7 +124,12 @@ class Outer(Use):
         """(n·k, groups, F, R) -> (n, groups, F, k·R)."""
         if t.shape[0] == n:
             return t
-        return t.unflatten(0, (n, -1)).permute(0, 2, 3, 1, 4).flatten(3)
+        return t.reshape(n, -1, *t.shape[1:]).permute(0, 2, 3, 1, 4).flatten(3)
+
+
+def squared_norms(t: Tensor) -> Tensor:
+    """Squared norms over the last dimension."""
+    return torch.linalg.vector_norm(t, dim=-1).square()
 
 
 def outer_products(right: Tensor, left: Sequence[Tensor]) -> Tensor:
@@ -123,7 +138,7 @@ def outer_products(right: Tensor, left: Sequence[Tensor]) -> Tensor:
     if left[0].shape[2] >= _NARROW or len(left) == 1:
         return torch.stack([one @ inputs for one in left], 2)
     stacked = torch.stack(list(left), 2)  # n, groups, K, O, R
-    return (stacked.flatten(2, 3) @ inputs).unflatten(2, stacked.shape[2:4])
+    return (stacked.flatten(2, 3) @ inputs).reshape(*stacked.shape[:4], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +161,13 @@ class Lookup(Use):
     def signature(self) -> tuple[Any, ...]:
         """Number of look-ups of an example."""
         return "embedding", self.index.shape[0] // self.examples, tuple(self.index.shape[1:])
+
+    def single(self) -> Tensor | None:
+        """1, and 0 at padding."""
+        if self.index.numel() != self.examples:
+            return None
+        flat = self.index.reshape(-1)
+        return torch.ones_like(flat) if self.padding is None else flat != self.padding
 
     def looked_up(self, lo: int, hi: int) -> Tensor:
         """Row numbers (n, R)."""
@@ -182,31 +204,41 @@ class Pointwise(Use):
     Attributes:
         aligned: the parameter's shape with ones where it is spread, as many as the output has dimensions.
         factor: x̂, what the parameter is multiplied with; None for a summand.
-        name: the rule's name.
+        length: first dimension of the output, N·k.
     """
 
     aligned: tuple[int, ...]
     factor: Callable[[], Tensor] | None
-    name: str
+    length: int
 
     @property
     def kind(self) -> str:
         """The rule's name."""
-        return self.name
+        return "sum" if self.factor is None else "product"
 
     def signature(self) -> tuple[Any, ...]:
         """How it is spread."""
-        return self.name, self.aligned
+        return self.kind, self.aligned, self.length // self.examples
+
+    def single(self) -> Tensor | None:
+        """1, for a summand that is spread over examples only."""
+        if self.factor is not None or self._spread or self.length != self.examples:
+            return None
+        return torch.ones(())
 
     def gradients(self, g: Sequence[Tensor], lo: int, hi: int) -> Tensor:
         """Per-example gradients: small, so always explicit."""
-        axes = [1, *(axis + 1 for axis, size in enumerate(self.aligned) if axis and size == 1)]
+        axes = [1, *(axis + 1 for axis in self._spread)]
         if self.factor is None:
             summed = [self.rows(one, lo, hi).sum(axes) for one in g]
         else:
             x = self.rows(self.factor().expand(g[0].shape), lo, hi)
             summed = [(self.rows(one, lo, hi) * x).sum(axes) for one in g]
         return torch.stack(summed, 1).reshape(hi - lo, len(g), *self.shape)
+
+    @property
+    def _spread(self) -> list[int]:
+        return [axis for axis, size in enumerate(self.aligned) if axis and size == 1]
 
     def natural_size(self, g: Tensor) -> float:
         """‖g ⊙ x̂‖."""
@@ -238,10 +270,12 @@ class TransposedConvolution(Use):
 
     def gradients(self, g: Sequence[Tensor], lo: int, hi: int) -> Tensor:
         """Per-example gradients, explicitly."""
-        x = self.rows(self.input, lo, hi).flatten(3).unflatten(2, (self.groups, -1))  # n, k, groups, I, R
+        x = self.rows(self.input, lo, hi)
+        x = x.reshape(*x.shape[:2], self.groups, x.shape[2] // self.groups, -1)  # n, k, groups, I, R
         made = []
         for one in g:
-            seen = self.patches(self.rows(one, lo, hi).flatten(0, 1)).unflatten(0, x.shape[:2])
+            seen = self.patches(self.rows(one, lo, hi).flatten(0, 1))
+            seen = seen.reshape(*x.shape[:2], *seen.shape[1:])
             made.append((x @ seen.transpose(-1, -2)).sum(1))
         return torch.stack(made, 1).reshape(hi - lo, len(g), *self.shape)
 
@@ -250,124 +284,59 @@ class TransposedConvolution(Use):
         return float(g.norm() * self.input.norm()) / math.sqrt(self.input[:, 0].numel())
 
 
-def windows(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-    groups: int,
-    places: Sequence[int] | None = None,
-) -> Tensor:
-    """The window that each place of a convolution sees: (n, C, ...) -> (n, groups, C / groups · |kernel|, R).
+@dataclass(frozen=True)
+class Window:
+    """What each place of a convolution sees of its input.
 
-    Args:
-        x: input.
+    Attributes:
         kernel: sizes of the window.
         stride: per dimension.
         padding: zeros before and after, per dimension.
         dilation: per dimension.
         groups: of channels.
-        places: number of places per dimension; default as many as fit.
     """
-    if any(before or after for before, after in padding):
-        x = F.pad(x, [zeros for pair in reversed(padding) for zeros in pair])
-    x = x.contiguous()
-    n, channels, *sizes = x.shape
-    if places is None:
-        places = [
-            (size - d * (width - 1) - 1) // s + 1
-            for size, width, s, d in zip(sizes, kernel, stride, dilation, strict=True)
-        ]
-    own = x.stride()[2:]
-    steps = [
-        *x.stride()[:2],
-        *(a * d for a, d in zip(own, dilation, strict=True)),
-        *(a * s for a, s in zip(own, stride, strict=True)),
-    ]
-    seen = x.as_strided((n, channels, *kernel, *places), steps)
-    return seen.reshape(n, groups, channels // groups * math.prod(kernel), math.prod(places))
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @classmethod
+    def of(cls, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Window:
+        """From the arguments of a convolution, numbers or tuples, `padding` also "same" or "valid"."""
+        kernel = tuple(weight.shape[2:])
+        strides, dilations = (_each(value, len(kernel)) for value in (stride, dilation))
+        if padding == "same":
+            reach = [d * (size - 1) for size, d in zip(kernel, dilations, strict=True)]
+            zeros = tuple((r // 2, r - r // 2) for r in reach)
+        else:
+            zeros = tuple((p, p) for p in _each(0 if padding == "valid" else padding, len(kernel)))
+        return cls(kernel, strides, zeros, dilations, groups)
+
+    def seen(self, x: Tensor, places: Sequence[int] | None = None) -> Tensor:
+        """The windows (n, groups, C / groups · |kernel|, R) of x (n, C, ...), R places.
+
+        Args:
+            x: input.
+            places: number of places per dimension; default as many as fit.
+        """
+        if any(before or after for before, after in self.padding):
+            x = F.pad(x, [zeros for pair in reversed(self.padding) for zeros in pair])
+        x = x.contiguous()
+        n, channels, *sizes = x.shape
+        if places is None:
+            places = [
+                (size - d * (width - 1) - 1) // s + 1
+                for size, width, s, d in zip(sizes, self.kernel, self.stride, self.dilation, strict=True)
+            ]
+        own = x.stride()[2:]
+        inside = (a * d for a, d in zip(own, self.dilation, strict=True))
+        between = (a * s for a, s in zip(own, self.stride, strict=True))
+        view = x.as_strided((n, channels, *self.kernel, *places), (*x.stride()[:2], *inside, *between))
+        inner = channels // self.groups * math.prod(self.kernel)
+        return view.reshape(n, self.groups, inner, math.prod(places))
 
 
-def squares(uses: Sequence[Use], g: Sequence[Sequence[Tensor]], memory: int) -> Tensor:
-    """Squared norms of per-example gradients, (N, K).
-
-    Args:
-        uses: all uses of one parameter tensor.
-        g: for each use, the K output gradients.
-        memory: bytes that explicit gradients may take.
-    """
-    count, K = uses[0].examples, len(g[0])
-    if all(isinstance(use, Outer) for use in uses) and len({(u.groups, u.transposed) for u in uses}) == 1:  # type: ignore[attr-defined]
-        if (short := _by_norms(uses[0], g[0])) is not None and len(uses) == 1:
-            return short
-        return _over_examples(count, _outer_bytes(uses, K), memory, lambda lo, hi: _outer(uses, g, lo, hi))
-    if len(uses) == 1 and isinstance(uses[0], Lookup):
-        lookup = uses[0]
-        number = lookup.index[0].numel() * (lookup.index.shape[0] // count)
-        if number * number <= lookup.shape[0]:
-            size = g[0][0].element_size() * number * (number + lookup.shape[1])
-            return _over_examples(count, size, memory, lambda lo, hi: _lookup(lookup, g[0], lo, hi))
-
-    def explicit(lo: int, hi: int) -> Tensor:
-        total = sum(use.gradients(one, lo, hi) for use, one in zip(uses, g, strict=True))
-        assert isinstance(total, Tensor)
-        return _norms(total.reshape(hi - lo, K, -1))
-
-    size = K * math.prod(uses[0].shape) * g[0][0].element_size()
-    return _over_examples(count, size, memory, explicit)
-
-
-def _over_examples(count: int, size: int, memory: int, part: Callable[[int, int], Tensor]) -> Tensor:
-    step = max(1, memory // max(1, size))
-    return torch.cat([part(lo, min(lo + step, count)) for lo in range(0, count, step)])
-
-
-def _norms(t: Tensor) -> Tensor:
-    """Squared norms over the last dimension."""
-    return torch.linalg.vector_norm(t, dim=-1).square()
-
-
-def _by_norms(use: Use, g: Sequence[Tensor]) -> Tensor | None:
-    """‖g‖²‖a‖² where an example has one row only."""
-    assert isinstance(use, Outer)
-    if use.groups != 1 or math.prod(use.input.shape[:-1]) != use.examples or use.name == "convolution":
-        return None
-    a = _norms(use.input.reshape(use.examples, -1))
-    return torch.stack([_norms(one.reshape(use.examples, -1)) * a for one in g], 1)
-
-
-def _outer_bytes(uses: Sequence[Use], K: int) -> int:
-    """What explicit gradients, or windows and Gram matrices, of one example take."""
-    weight = math.prod(uses[0].shape)
-    assert isinstance(uses[0], Outer)
-    right = sum(u.right(0, 1).numel() for u in uses if isinstance(u, Outer))
-    return uses[0].input.element_size() * (K * weight + right)
-
-
-def _outer(uses: Sequence[Use], g: Sequence[Sequence[Tensor]], lo: int, hi: int) -> Tensor:
-    """By Gram matrices over the rows or by explicit gradients, whichever needs fewer multiplications."""
-    known = [use for use in uses if isinstance(use, Outer)]
-    right = _cat([use.right(lo, hi) for use in known])
-    K = len(g[0])
-    left = [_cat([use.left(one[k], lo, hi) for use, one in zip(known, g, strict=True)]) for k in range(K)]
-    inner, rows, outer = right.shape[2], right.shape[3], left[0].shape[2]
-    if rows * (inner + K * outer + K) < K * inner * outer:
-        A = right.transpose(-1, -2) @ right
-        return torch.stack([(A * (one.transpose(-1, -2) @ one)).sum((1, 2, 3)) for one in left], 1)
-    return _norms(outer_products(right, left).flatten(3)).sum(1)
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-def _lookup(use: Lookup, g: Sequence[Tensor], lo: int, hi: int) -> Tensor:
-    """Rows that were looked up several times are summed: a Gram matrix masked by equal row numbers."""
-    index = use.looked_up(lo, hi)
-    same = index[:, :, None] == index[:, None, :]
-    found = []
-    for one in g:
-        rows = use.left(one, lo, hi)
-        found.append(((rows @ rows.transpose(1, 2)) * same).sum((1, 2)))
-    return torch.stack(found, 1)
+def _each(value: Any, dimensions: int) -> tuple[int, ...]:
+    return (value,) * dimensions if isinstance(value, int) else tuple(value) * (dimensions // len(value))
