@@ -22,6 +22,8 @@ from landscape.uses import Lookup, Outer, Pointwise, TransposedConvolution, Use,
 
 # Differences of a gradient put together by rules from autograd's, in units of rounding of its terms.
 _ROUNDING = 1e3
+# Explicit per-example gradients that are held at once.
+_NUMBERS = 1 << 22
 
 
 class Capture:
@@ -102,12 +104,17 @@ class Capture:
         uses = [use for use in self.uses[index] if use.call in at]
         if truth is None or not uses:
             return truth is None and not uses
-        total, size = torch.zeros_like(truth), float(truth.norm())
+        total, size = torch.zeros(truth.numel()).to(truth), float(truth.norm())
+        chosen = torch.zeros(self.examples).to(truth)
+        chosen[kept] = 1
+        step = max(1, _NUMBERS // truth.numel())
         for use in uses:
             g = at[use.call]
-            for i in kept.tolist():
-                total += use.gradients([g], i, i + 1)[0, 0]
+            for lo in range(0, self.examples, step):
+                hi = min(lo + step, self.examples)
+                total += chosen[lo:hi] @ use.gradients([g], lo, hi).reshape(hi - lo, -1)
             size = max(size, use.natural_size(g))
+        total = total.view(truth.shape)
         return float((total - truth).norm()) <= _ROUNDING * torch.finfo(truth.dtype).eps * size
 
 

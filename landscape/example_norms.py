@@ -11,23 +11,20 @@ from torch import Tensor
 from landscape.uses import Lookup, Outer, Use, outer_products, squared_norms
 
 
-def squares(
-    uses: Sequence[Use], g: Sequence[Sequence[Tensor]], memory: int, known: dict[int, Tensor]
-) -> Tensor:
+def single(uses: Sequence[Use]) -> Tensor | None:
+    """Numbers b (N,) with ‖gradient‖² = ‖g‖² b, if there is one use with one row per example; else None."""
+    return uses[0].single() if len(uses) == 1 else None
+
+
+def squares(uses: Sequence[Use], g: Sequence[Sequence[Tensor]], memory: int) -> Tensor:
     """Squared norms of per-example gradients of one parameter tensor, (N, K).
 
     Args:
         uses: all its uses.
         g: for each use, the K output gradients.
         memory: bytes that explicit gradients may take.
-        known: squared norms of output gradients by operation; those that are needed are added.
     """
     count, K = uses[0].examples, len(g[0])
-    if len(uses) == 1 and (factor := uses[0].single()) is not None:
-        call = uses[0].call
-        if call not in known:
-            known[call] = torch.stack([squared_norms(one.reshape(count, -1)) for one in g[0]], 1)
-        return known[call] * factor.to(known[call]).reshape(-1, 1)
     outer = [use for use in uses if isinstance(use, Outer)]
     if len(outer) == len(uses) and len({(use.groups, use.transposed) for use in outer}) == 1:
         return _over_examples(count, _outer_bytes(outer, K), memory, lambda lo, hi: _outer(outer, g, lo, hi))

@@ -24,16 +24,17 @@ from torch import Tensor
 from landscape import batches as batching
 from landscape import output_curvature, per_example, seeds
 from landscape.capture import Capture
-from landscape.example_norms import squares
+from landscape.example_norms import single, squares
 from landscape.output_curvature import Columns, CrossEntropy, Ending, Outputs
+from landscape.uses import squared_norms
 
 if TYPE_CHECKING:
     from landscape.problem import Problem
 
 # Enough for the output gradients of all columns of a few images, small enough to stay near the cache.
 MEMORY = 1 << 28
-# Examples on which the rules are tested before all others follow them.
-_TESTED = 16
+# Examples on which the rules are tested before all others follow them: identities, so a few are enough.
+_TESTED = 4
 _MOST_COLUMNS_AT_ONCE = 64
 _ROUNDING = 1e3
 
@@ -271,17 +272,29 @@ class _Exact:
     ) -> None:
         if not ruled:
             return
-        heads = outputs.heads
-        calls = sorted({use.call for i in ruled for use in capture.uses[i]})
-        norms: dict[int, Tensor] = {}
-        at = [capture.output_gradients(calls, heads, outputs.tails(flat)) for flat in flats]
+        # Where an example has one row, the norm of its output gradient is enough, and the gradient is let go.
+        factors = {i: single(capture.uses[i]) for i in ruled}
+        held = {use.call for i in ruled if factors[i] is None for use in capture.uses[i]}
+        measured = {capture.uses[i][0].call for i in ruled if factors[i] is not None}
+        at: dict[int, list[Tensor]] = {call: [] for call in held}
+        norms: dict[int, list[Tensor]] = {call: [] for call in measured}
+        for flat in flats:
+            found = capture.output_gradients(sorted(held | measured), outputs.heads, outputs.tails(flat))
+            for call, g in found.items():
+                if call in measured:
+                    norms[call].append(squared_norms(g.reshape(outputs.examples, -1)))
+                if call in held:
+                    at[call].append(g)
         for i in ruled:
-            reached = [use for use in capture.uses[i] if use.call in at[0]]
-            if reached:
-                g = [[one[use.call] for one in at] for use in reached]
-                found = squares(reached, g, self.memory, norms)
-                self.blocks[i] += float((found.double() * signs).sum())
-                self.rules[i].update(use.kind for use in reached)
+            reached = [use for use in capture.uses[i] if at.get(use.call) or norms.get(use.call)]
+            if not reached:
+                continue
+            if (factor := factors[i]) is not None:
+                squared = torch.stack(norms[reached[0].call], 1) * factor[:, None]
+            else:
+                squared = squares(reached, [at[use.call] for use in reached], self.memory)
+            self.blocks[i] += float((squared.double() * signs).sum())
+            self.rules[i].update(use.kind for use in reached)
 
     def _by_examples(self, piece: Any, outputs: Outputs, flats: list[Tensor], signs: Tensor) -> None:
         if not self.refuted:
@@ -298,16 +311,12 @@ class _Exact:
 
 def _blocks(parts: Columns, at_once: int) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Columns in blocks, with their signs (N, K); those that are zero for every example are left out."""
-    flats: list[Tensor] = []
-    signs: list[Tensor] = []
-    for c in range(parts.count):
-        flat, sign = parts.column(c)
-        if flat.any():
-            flats.append(flat)
-            signs.append(flat.new_ones(len(flat), dtype=torch.float64) if sign is None else sign.double())
-        if flats and (len(flats) == at_once or c + 1 == parts.count):
-            yield flats, torch.stack(signs, 1)
-            flats, signs = [], []
+    chosen = [c for c, present in enumerate(parts.present) if present]
+    for start in range(0, len(chosen), at_once):
+        made = [parts.column(c) for c in chosen[start : start + at_once]]
+        flats = [flat for flat, _ in made]
+        signs = [flat.new_ones(len(flat)) if sign is None else sign for flat, sign in made]
+        yield flats, torch.stack(signs, 1).double()
 
 
 def _examples(piece: Any) -> int:

@@ -9,6 +9,7 @@ Outputs of one micro-batch stand as (N, m): N examples with m numbers each.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -80,6 +81,11 @@ class Columns(ABC):
     def count(self) -> int:
         """The number of columns of an example."""
 
+    @property
+    @abstractmethod
+    def present(self) -> list[bool]:
+        """For each column, whether it is not zero in every example."""
+
     @abstractmethod
     def column(self, c: int) -> tuple[Tensor, Tensor | None]:
         """Column c of every example, (N, m), and its signs (N,), None where all are +1."""
@@ -112,31 +118,38 @@ class CrossEntropy(Columns):
         """C − 1 per position."""
         return self.kappa[0].numel() * (self.p.shape[2] - 1)
 
+    @functools.cached_property
+    def present(self) -> list[bool]:
+        """Whether a class at a position has weight in any example."""
+        some = (self._lengths[0] > 0).any(0)  # k, C - 1, D
+        return [bool(b) for b in some.transpose(1, 2).flatten()]
+
+    @functools.cached_property
+    def _lengths(self) -> tuple[Tensor, Tensor]:
+        """√(κ p_c q_{c+1} / q_c), the head of a column, and the same divided by q_{c+1}, (N, k, C − 1, D)."""
+        tails = self.p.flip(2).cumsum(2).flip(2)  # q
+        share = self.p[:, :, :-1] / tails[:, :, :-1].clamp(min=_TINY)
+        heads = (self.kappa[:, :, None] * share * tails[:, :, 1:]).sqrt()
+        return heads, heads / tails[:, :, 1:].clamp(min=_TINY)
+
     def column(self, c: int) -> tuple[Tensor, Tensor | None]:
         """One class at one position."""
         _, _, classes, places = self.p.shape
         position, label = divmod(c, classes - 1)
         row, place = divmod(position, places)
-        at = self.p[:, row, :, place]  # N, C
-        rest = at[:, label + 1 :].sum(1, keepdim=True)
-        share = at[:, label, None] / (at[:, label, None] + rest).clamp(min=_TINY)
-        length = (self.kappa[:, row, place, None] * share * rest).sqrt()
+        heads, below = (t[:, row, label, place] for t in self._lengths)
         made = torch.zeros(self.p.shape, dtype=self.dtype, device=self.p.device)
-        made[:, row, label, place] = length[:, 0].to(self.dtype)
-        made[:, row, label + 1 :, place] = (-length * (at[:, label + 1 :] / rest.clamp(min=_TINY))).to(
-            self.dtype
-        )
+        made[:, row, label, place] = heads
+        made[:, row, label + 1 :, place] = self.p[:, row, label + 1 :, place] * -below[:, None]
         return made.flatten(1), None
 
     def drawn(self, stream: torch.Generator) -> list[tuple[Tensor, int]]:
         """A random sign per position and class but the last."""
-        r = _signs(stream, self.p[:, :, 1:], self.p)
-        tails = self.p.flip(2).cumsum(2).flip(2)  # q
-        share = self.p[:, :, :-1] / tails[:, :, :-1].clamp(min=_TINY)
-        length = (self.kappa[:, :, None] * share * tails[:, :, 1:]).sqrt() * r
+        heads, below = self._lengths
+        r = _signs(stream, heads, heads)
         made = torch.zeros_like(self.p)
-        made[:, :, :-1] = length
-        made[:, :, 1:] -= self.p[:, :, 1:] * (length / tails[:, :, 1:].clamp(min=_TINY)).cumsum(2)
+        made[:, :, :-1] = heads * r
+        made[:, :, 1:] -= self.p[:, :, 1:] * (below * r).cumsum(2)
         return [(made.flatten(1).to(self.dtype), 1)]
 
 
@@ -154,6 +167,11 @@ class Diagonal(Columns):
     def count(self) -> int:
         """One per output."""
         return self.d.shape[1]
+
+    @property
+    def present(self) -> list[bool]:
+        """Whether an output is bent in any example."""
+        return [bool(b) for b in (self.d != 0).any(0)]
 
     def column(self, c: int) -> tuple[Tensor, Tensor | None]:
         """One output."""
@@ -184,6 +202,11 @@ class Dense(Columns):
     def count(self) -> int:
         """The rank."""
         return self.eigenvalues.shape[1]
+
+    @property
+    def present(self) -> list[bool]:
+        """All: they were counted so."""
+        return [True] * self.count
 
     def column(self, c: int) -> tuple[Tensor, Tensor | None]:
         """One eigenvector."""
@@ -302,7 +325,8 @@ def _kappa(target: Tensor, classes: int, options: dict[str, Any]) -> Tensor:
         smooth = (1 - smoothing) * target.double() + smoothing / classes
         return (smooth.movedim(1, -1) * w).sum(-1)
     valid = target != options.get("ignore_index", -100)
-    return ((1 - smoothing) * w[target.where(valid, 0)] + smoothing * w.mean()) * valid
+    kappa: Tensor = ((1 - smoothing) * w[target.where(valid, 0)] + smoothing * w.mean()) * valid
+    return kappa
 
 
 def _is_this(known: CrossEntropy, outputs: Outputs, ending: Ending) -> bool:

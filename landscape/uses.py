@@ -124,18 +124,22 @@ class Outer(Use):
         """(n·k, groups, F, R) -> (n, groups, F, k·R)."""
         if t.shape[0] == n:
             return t
-        return t.reshape(n, -1, *t.shape[1:]).permute(0, 2, 3, 1, 4).flatten(3)
+        joined: Tensor = t.reshape(n, -1, *t.shape[1:]).permute(0, 2, 3, 1, 4).flatten(3)
+        return joined
 
 
 def squared_norms(t: Tensor) -> Tensor:
     """Squared norms over the last dimension."""
-    return torch.linalg.vector_norm(t, dim=-1).square()
+    norms: Tensor = torch.linalg.vector_norm(t, dim=-1)
+    return norms.square()
 
 
 def outer_products(right: Tensor, left: Sequence[Tensor]) -> Tensor:
     """Σ_t g_t a_tᵀ for each of K output gradients: (n, groups, K, O, I)."""
     inputs = right.transpose(-1, -2)
-    if left[0].shape[2] >= _NARROW or len(left) == 1:
+    if len(left) == 1:
+        return (left[0] @ inputs)[:, :, None]
+    if left[0].shape[2] >= _NARROW:
         return torch.stack([one @ inputs for one in left], 2)
     stacked = torch.stack(list(left), 2)  # n, groups, K, O, R
     return (stacked.flatten(2, 3) @ inputs).reshape(*stacked.shape[:4], -1)
@@ -167,7 +171,7 @@ class Lookup(Use):
         if self.index.numel() != self.examples:
             return None
         flat = self.index.reshape(-1)
-        return torch.ones_like(flat) if self.padding is None else flat != self.padding
+        return torch.ones_like(flat) if self.padding is None else (flat != self.padding).long()
 
     def looked_up(self, lo: int, hi: int) -> Tensor:
         """Row numbers (n, R)."""
@@ -224,7 +228,7 @@ class Pointwise(Use):
         """1, for a summand that is spread over examples only."""
         if self.factor is not None or self._spread or self.length != self.examples:
             return None
-        return torch.ones(())
+        return torch.ones(self.examples)
 
     def gradients(self, g: Sequence[Tensor], lo: int, hi: int) -> Tensor:
         """Per-example gradients: small, so always explicit."""
