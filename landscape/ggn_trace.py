@@ -1,0 +1,357 @@
+"""The exact trace of the generalized Gauss-Newton matrix, and of its diagonal block per parameter tensor.
+
+G = (1/W) Σ_i J_iᵀ Λ_i J_i with J_i = ∂f_i/∂θ, Λ_i = ∂²ℓ_i/∂f_i² = Σ_c σ_ic s_ic s_icᵀ and W the sum of weights, so
+
+    tr G_ll = (1/W) Σ_i Σ_c σ_ic ‖J_i,lᵀ s_ic‖² :
+
+sums of squared norms of per-example gradients. Column c of all examples of a micro-batch goes through one
+backward pass that ends at the outputs of the layers; the norms follow from the layers' inputs and output
+gradients (`landscape.uses`). What no rule covers is differentiated per example.
+
+`sampled` estimates the same numbers with random signs over the columns, at one backward pass a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from landscape import batches as batching
+from landscape import output_curvature, per_example, seeds
+from landscape.capture import Capture
+from landscape.example_norms import single, squares
+from landscape.output_curvature import Columns, CrossEntropy, Ending, Outputs
+from landscape.uses import squared_norms
+
+if TYPE_CHECKING:
+    from landscape.problem import Problem
+
+# Enough for the output gradients of all columns of a few images, small enough to stay near the cache.
+MEMORY = 1 << 28
+# Examples on which the rules are tested before all others follow them: identities, so a few are enough.
+_TESTED = 4
+_MOST_COLUMNS_AT_ONCE = 64
+_ROUNDING = 1e3
+
+
+@dataclass(frozen=True)
+class BlockTraces:
+    """Traces of the diagonal blocks of the Gauss-Newton matrix.
+
+    Attributes:
+        names: of the parameter tensors.
+        blocks: trace of each one's diagonal block, float64.
+        rules: how each was made: a layer's rule, "per example (vectorized)", "per example", or "unused".
+        columns: the most columns of an example.
+        passes: backward passes, in units of all data.
+    """
+
+    names: list[str]
+    blocks: np.ndarray
+    rules: list[str]
+    columns: int
+    passes: float
+
+    @property
+    def trace(self) -> float:
+        """The trace of the whole matrix."""
+        return float(self.blocks.sum())
+
+
+def exact(problem: Problem, *, memory: int = MEMORY) -> BlockTraces:
+    """Compute tr G and the trace of each parameter tensor's diagonal block without sampling.
+
+    Args:
+        problem: with outputs; examples must not influence one another.
+        memory: bytes for output gradients and for explicit per-example gradients, each.
+
+    Raises:
+        Refused: on a problem with `forward=`; or if the loss couples examples, or has an unknown form and
+            more than 4096 outputs per example.
+    """
+    problem.require_outputs("the exact trace of the generalized Gauss-Newton matrix")
+    with problem.session():
+        return _Exact(problem, memory).run()
+
+
+def columns(problem: Problem) -> int:
+    """The number of backward passes over all data that `exact` needs, told from the first micro-batch.
+
+    Positions times (classes - 1) for cross-entropy, the number of outputs for losses that sum over
+    outputs, and the rank of the loss's second derivative for others. Sequences of other lengths in later
+    micro-batches have other numbers of columns.
+
+    Raises:
+        Refused: as `exact`.
+    """
+    problem.require_outputs("the exact trace of the generalized Gauss-Newton matrix")
+    with problem.session():
+        piece, weight = _few(problem, next(iter(problem.evaluator.pieces(problem.batches)))[0])
+        with problem._filled(problem._leaves()):
+            outputs = _outputs(problem, piece, _examples(piece))
+            return _columns_of(problem, outputs, piece, weight).count if outputs.heads else 0
+
+
+def sampled(problem: Problem, generators: Sequence[torch.Generator]) -> np.ndarray:
+    """Estimate the trace of each diagonal block from random combinations of columns.
+
+    One sample is (1/W) Σ_b ‖J_bᵀ Σ_ic r_ic s_ic‖² over micro-batches b with independent random signs r: its
+    mean is the exact trace, since E r_ic r_jd = 0 unless (i, c) = (j, d). One plain backward pass per
+    micro-batch, two where the loss is not convex; tied parameters need no care. Smaller micro-batches
+    scatter less at the same cost per example.
+
+    Args:
+        problem: with outputs.
+        generators: one per sample.
+
+    Returns:
+        float64 (samples, parameter tensors).
+
+    Raises:
+        Refused: as `exact`.
+    """
+    problem.require_outputs("the trace of the generalized Gauss-Newton matrix")
+    found = np.zeros((len(generators), len(problem.names)))
+    weights, tested = 0.0, False
+    with problem.session():
+        for piece, weight in problem.evaluator.pieces(problem.batches):
+            weights += weight
+            leaves = problem._leaves()
+            with problem._filled(leaves):
+                outputs = _outputs(problem, piece, _examples(piece))
+                if not outputs.heads:
+                    continue
+                parts = _columns_of(problem, outputs, piece, weight, tested)
+                tested = isinstance(parts, CrossEntropy)
+                for row, stream in zip(found, generators, strict=True):
+                    for flat, sign in parts.drawn(stream):
+                        row[:] += sign * _squared_gradients(outputs, leaves, flat)
+    return found / weights
+
+
+def _squared_gradients(outputs: Outputs, leaves: Sequence[Tensor], flat: Tensor) -> np.ndarray:
+    slopes = torch.autograd.grad(
+        outputs.heads, leaves, outputs.tails(flat), retain_graph=True, allow_unused=True
+    )
+    norms = [0.0 if g is None else float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in slopes]
+    return np.square(norms)
+
+
+class _Exact:
+    """The passes over the data, and what was found out about the parameters on the way."""
+
+    def __init__(self, problem: Problem, memory: int):
+        self.problem, self.memory = problem, memory
+        self.blocks = np.zeros(len(problem.names))
+        self.rules: list[set[str]] = [set() for _ in problem.names]
+        self.columns = 0
+        self.confirmed: set[tuple[int, Any]] = set()  # (parameter, its uses) that need no further test
+        self.refuted: set[int] = set()  # parameters that no rule covers
+        self.apart = True  # whether examples go through the model one by one
+        self.bytes: dict[Any, int] = {}  # output gradients of an example, by the shapes of its tensors
+        self.fallback = per_example.PerExample(problem, memory)
+        self.tested = False  # whether the loss was found to be what it looks like
+        self.work, self.examples = 0, 0
+
+    def run(self) -> BlockTraces:
+        weights = 0.0
+        for batch, _ in self.problem.evaluator.pieces(self.problem.batches):
+            for piece in self._cut(batch):
+                if (weight := self.problem.evaluator.weigh(piece)) > 0:
+                    self._piece(piece, weight)
+                    weights += weight
+        rules = [" and ".join(sorted(kinds)) or "unused" for kinds in self.rules]
+        passes = self.work / self.examples
+        return BlockTraces(self.problem.names, self.blocks / weights, rules, self.columns, passes)
+
+    def _cut(self, batch: Any) -> Iterator[Any]:
+        """Cut a micro-batch so that the output gradients of all columns fit into the memory."""
+        count = _examples(batch)
+        shapes = tuple(t.shape[1:] for t in batching.tensors(batch))
+        if shapes not in self.bytes and self.apart and count > 1:
+            self.bytes[shapes] = self._tested(_few(self.problem, batch)[0])
+        if count == 1 or not self.apart:
+            yield batch
+            return
+        step = max(1, self.memory // max(1, self.bytes[shapes]))
+        for lo in range(0, count, step):
+            yield batch if step >= count else batching.cut(batch, lo, min(lo + step, count))
+
+    def _tested(self, piece: Any) -> int:
+        """Test examples and rules on a few examples; return the bytes that an example's columns take."""
+        count = _examples(piece)
+        leaves = self.problem._leaves()
+        with self.problem._filled(leaves):
+            capture = Capture(leaves, count)
+            with capture.watching():
+                outputs = _outputs(self.problem, piece, count)
+            if not outputs.heads:
+                return 0
+            self.apart = outputs.examples == count and self._stands_alone(piece, outputs)
+            if not self.apart:
+                return 0
+            self._test(capture, outputs, range(len(leaves)))
+            weight = self.problem.evaluator.weigh(piece)
+            parts = _columns_of(self.problem, outputs, piece, weight)
+            self.tested = isinstance(parts, CrossEntropy)
+        each = sum(capture.sizes) * outputs.heads[0].element_size() // count + 8 * outputs.size
+        return min(parts.count, _MOST_COLUMNS_AT_ONCE) * each
+
+    def _stands_alone(self, piece: Any, outputs: Outputs) -> bool:
+        """Whether the last example alone has the outputs that it has among the others."""
+        last = outputs.examples - 1
+        try:
+            alone = _outputs(self.problem, batching.cut(piece, last, last + 1), 1)
+            theirs, own = alone.flat()[0], outputs.flat()[last]
+        except (RuntimeError, ValueError):  # BatchNorm in training mode refuses a single example
+            return False
+        allowed = _ROUNDING * torch.finfo(own.dtype).eps
+        return theirs.shape == own.shape and float((theirs - own).norm()) <= allowed * float(own.norm())
+
+    def _test(self, capture: Capture, outputs: Outputs, indices: Iterable[int]) -> None:
+        """Confirm or refute the rules of some parameters on this pass, with random cotangents of half of it."""
+        stream = seeds.generator(0, "ggn_trace", 0)
+        half = torch.randperm(outputs.examples, generator=stream)[: (outputs.examples + 1) // 2].sort().values
+        tail = torch.zeros(outputs.examples, outputs.size, dtype=torch.float64)
+        tail[half] = torch.randn(len(half), outputs.size, dtype=torch.float64, generator=stream)
+        agree = capture.confirmed(outputs.heads, outputs.tails(tail), half)
+        for index in indices:
+            if agree[index]:
+                self.confirmed.add((index, capture.signature(index)))
+            else:
+                self.refuted.add(index)
+
+    def _piece(self, piece: Any, weight: float) -> None:
+        count = _examples(piece)
+        leaves = self.problem._leaves()
+        with self.problem._filled(leaves):
+            capture = Capture(leaves, count if self.apart else 1)
+            with capture.watching():
+                outputs = _outputs(self.problem, piece, count if self.apart else 1)
+            self.examples += count
+            if not outputs.heads:
+                return
+            parts = _columns_of(self.problem, outputs, piece, weight, self.tested)
+            self.tested = isinstance(parts, CrossEntropy)
+            self.columns = max(self.columns, parts.count)
+            self._retest(capture, outputs)
+            ruled = [i for i in range(len(leaves)) if capture.uses[i] and i not in self.refuted]
+            for flats, signs in _blocks(parts, self._at_once(capture)):
+                self.work += len(flats) * count * (bool(ruled) + bool(self.refuted))
+                self._by_rules(capture, outputs, ruled, flats, signs)
+                self._by_examples(piece, outputs, flats, signs)
+
+    def _at_once(self, capture: Capture) -> int:
+        each = max(1, sum(capture.sizes)) * self.problem.dtype.itemsize
+        return max(1, min(self.memory // each, _MOST_COLUMNS_AT_ONCE))
+
+    def _retest(self, capture: Capture, outputs: Outputs) -> None:
+        """Test what looks otherwise than where it was confirmed; find parameters used for the first time."""
+        left = [i for i in range(len(capture.parameters)) if i not in self.refuted]
+        new = [i for i in left if (i, capture.signature(i)) not in self.confirmed]
+        if new:
+            self._test(capture, outputs, new)
+        bare = [i for i in left if not capture.uses[i]]
+        if bare:
+            found = torch.autograd.grad(
+                outputs.heads,
+                [capture.parameters[i] for i in bare],
+                [torch.zeros_like(t) for t in outputs.heads],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            self.refuted.update(i for i, g in zip(bare, found, strict=True) if g is not None)
+
+    def _by_rules(
+        self, capture: Capture, outputs: Outputs, ruled: list[int], flats: list[Tensor], signs: Tensor
+    ) -> None:
+        if not ruled:
+            return
+        # Where an example has one row, the norm of its output gradient is enough, and the gradient is let go.
+        factors = {i: single(capture.uses[i]) for i in ruled}
+        held = {use.call for i in ruled if factors[i] is None for use in capture.uses[i]}
+        measured = {capture.uses[i][0].call for i in ruled if factors[i] is not None}
+        at: dict[int, list[Tensor]] = {call: [] for call in held}
+        norms: dict[int, list[Tensor]] = {call: [] for call in measured}
+        for flat in flats:
+            found = capture.output_gradients(sorted(held | measured), outputs.heads, outputs.tails(flat))
+            for call, g in found.items():
+                if call in measured:
+                    norms[call].append(squared_norms(g.reshape(outputs.examples, -1)))
+                if call in held:
+                    at[call].append(g)
+        for i in ruled:
+            reached = [use for use in capture.uses[i] if at.get(use.call) or norms.get(use.call)]
+            if not reached:
+                continue
+            if (factor := factors[i]) is not None:
+                squared = torch.stack(norms[reached[0].call], 1) * factor[:, None]
+            else:
+                squared = squares(reached, [at[use.call] for use in reached], self.memory)
+            self.blocks[i] += float((squared.double() * signs).sum())
+            self.rules[i].update(use.kind for use in reached)
+
+    def _by_examples(self, piece: Any, outputs: Outputs, flats: list[Tensor], signs: Tensor) -> None:
+        if not self.refuted:
+            return
+        chosen = sorted(self.refuted)
+        count = outputs.examples
+        pieces = [batching.cut(piece, i, i + 1) for i in range(count)] if count > 1 else [piece]
+        heads = [i for i, t in enumerate(batching.tensors(outputs.nest)) if t.requires_grad]
+        found = self.fallback.squares(pieces, chosen, heads, torch.stack(flats, 1))
+        for i, squared in zip(chosen, found, strict=True):
+            self.blocks[i] += float((squared.double() * signs).sum())
+            self.rules[i].add(self.fallback.name)
+
+
+def _blocks(parts: Columns, at_once: int) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Columns in blocks, with their signs (N, K); those that are zero for every example are left out."""
+    chosen = [c for c, present in enumerate(parts.present) if present]
+    for start in range(0, len(chosen), at_once):
+        made = [parts.column(c) for c in chosen[start : start + at_once]]
+        flats = [flat for flat, _ in made]
+        signs = [flat.new_ones(len(flat)) if sign is None else sign for flat, sign in made]
+        yield flats, torch.stack(signs, 1).double()
+
+
+def _examples(piece: Any) -> int:
+    """The number of examples; 1 where it is unclear, for one that cannot be cut."""
+    try:
+        return batching.examples(piece)
+    except ValueError:
+        return 1
+
+
+def _few(problem: Problem, batch: Any) -> tuple[Any, float]:
+    """The first examples of a micro-batch, or all if these have no weight."""
+    count = _examples(batch)
+    if count > _TESTED:
+        few = batching.cut(batch, 0, _TESTED)
+        if (weight := problem.evaluator.weigh(few)) > 0:
+            return few, weight
+    return batch, problem.evaluator.weigh(batch)
+
+
+def _outputs(problem: Problem, piece: Any, examples: int) -> Outputs:
+    """The outputs of a micro-batch, as one group where their first dimension does not count examples."""
+    nest = problem.evaluator.outputs(piece)
+    whole = all(
+        t.ndim and t.shape[0] and t.shape[0] % examples == 0
+        for t in batching.tensors(nest)
+        if t.requires_grad
+    )
+    return Outputs(nest, examples if whole else 1)
+
+
+def _columns_of(
+    problem: Problem, outputs: Outputs, piece: Any, weight: float, tested: bool = False
+) -> Columns:
+    evaluator = problem.evaluator
+    target, scale = evaluator.target_of(piece), evaluator.scale(weight)
+    ending = Ending(evaluator.loss_from, evaluator._loss, target, scale)
+    return output_curvature.columns(outputs, ending, tested)
