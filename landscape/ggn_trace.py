@@ -290,7 +290,8 @@ class _Exact:
             if not reached:
                 continue
             if (factor := factors[i]) is not None:
-                squared = torch.stack(norms[reached[0].call], 1) * factor[:, None]
+                squared = torch.stack(norms[reached[0].call], 1)
+                squared = squared * factor.to(squared)[:, None]
             else:
                 squared = squares(reached, [at[use.call] for use in reached], self.memory)
             self.blocks[i] += float((squared.double() * signs).sum())
