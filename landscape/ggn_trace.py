@@ -79,6 +79,28 @@ def exact(problem: Problem, *, memory: int = MEMORY) -> BlockTraces:
         return _Exact(problem, memory).run()
 
 
+def by_batch(
+    problem: Problem, batches: Iterable[Any], *, memory: int = MEMORY
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute what `exact` averages, batch by batch.
+
+    Args:
+        problem: as for `exact`.
+        batches: some of its batches.
+        memory: as for `exact`.
+
+    Returns:
+        Sums over the terms of each batch, float64 (batches, parameter tensors), and the batches' weights;
+        the blocks' traces are Σ sums / Σ weights.
+
+    Raises:
+        Refused: as `exact`.
+    """
+    problem.require_outputs("the exact trace of the generalized Gauss-Newton matrix")
+    with problem.session():
+        return _Exact(problem, memory).over(batches)
+
+
 def columns(problem: Problem) -> int:
     """The number of backward passes over all data that `exact` needs, told from the first micro-batch.
 
@@ -159,15 +181,27 @@ class _Exact:
         self.work, self.examples = 0, 0
 
     def run(self) -> BlockTraces:
-        weights = 0.0
-        for batch, _ in self.problem.evaluator.pieces(self.problem.batches):
-            for piece in self._cut(batch):
-                if (weight := self.problem.evaluator.weigh(piece)) > 0:
-                    self._piece(piece, weight)
-                    weights += weight
+        sums, weights = self.over(self.problem.batches)
         rules = [" and ".join(sorted(kinds)) or "unused" for kinds in self.rules]
         passes = self.work / self.examples
-        return BlockTraces(self.problem.names, self.blocks / weights, rules, self.columns, passes)
+        blocks = sums.sum(axis=0) / weights.sum()
+        return BlockTraces(self.problem.names, blocks, rules, self.columns, passes)
+
+    def over(self, batches: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Return for each batch the sums over its terms (batches, tensors), and its weight (batches,)."""
+        sums, weights = [], []
+        for batch in batches:
+            self.blocks, total = np.zeros(len(self.problem.names)), 0.0
+            for whole in self.problem.evaluator.cut([batch]):
+                if self.problem.evaluator.weigh(whole) == 0:
+                    continue
+                for piece in self._cut(whole):
+                    if (weight := self.problem.evaluator.weigh(piece)) > 0:
+                        self._piece(piece, weight)
+                        total += weight
+            sums.append(self.blocks)
+            weights.append(total)
+        return np.array(sums), np.array(weights)
 
     def _cut(self, batch: Any) -> Iterator[Any]:
         """Cut a micro-batch so that the output gradients of all columns fit into the memory."""

@@ -268,6 +268,34 @@ class Problem:
         new.cost = self.cost
         return new
 
+    def on(self, data: Any) -> Self:
+        """The same problem on other data of the same kind, at little cost; it keeps its own count of passes."""
+        other = copy.copy(self)
+        other.cost = Cost()
+        other.batches = Batches(data, self.device, self.dtype)
+        other._double = None
+        return other
+
+    def split(self, examples: int) -> Iterator[tuple[Self, float]]:
+        """Yield problems on micro-batches of at most that many examples, with their weights.
+
+        Batches whose examples cannot be told apart stay whole.
+        """
+        for piece, _ in self.evaluator.pieces(self.batches):
+            try:
+                count = batching.examples(piece)
+            except ValueError:
+                count = 1
+            parts = range(0, count, examples)
+            cuts = (
+                [batching.cut(piece, a, min(a + examples, count)) for a in parts]
+                if count > examples
+                else [piece]
+            )
+            for part in cuts:
+                if (weight := self.evaluator.weigh(part)) > 0:
+                    yield self.on([part]), weight
+
     def in_float64(self) -> Self | None:
         """The same problem in float64, or None where the model cannot run in it (a hard-coded dtype)."""
         if self._double is None:

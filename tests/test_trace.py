@@ -132,16 +132,63 @@ class _Dense:
             setattr(self, name, getattr(problem, name))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"cuts": (60,)}, {"cuts": (7, 8, 33, 60)}, {"microbatch": 1}, {"microbatch": 9}],
-    ids=str,
-)
-def test_the_number_does_not_depend_on_the_cut_of_the_data(options: dict[str, object]) -> None:
+class _DenseParts(_Dense):
+    """The same, in micro-batches."""
+
+    def __init__(self, problem: landscape.Problem, examples: int):
+        eye = torch.eye(problem.size, dtype=torch.float64)
+        self.parts = [(_Dense(p, p.hvp(eye)), weight) for p, weight in problem.split(examples)]
+        super().__init__(problem, eye)
+
+    def split(self, examples: int) -> list[tuple[_Dense, float]]:
+        return self.parts
+
+
+def test_independent_probes_cover_the_truth_with_less_variance() -> None:
+    """600 seeds, 16 probes that are drawn anew for each of four micro-batches; bounds as above."""
+    problem, H = regression()
+    parts = _DenseParts(problem, 18)
+    assert [weight for _, weight in parts.parts] == [18, 18, 4, 18, 2]
+    truths = np.array([*block_traces(H), float(H.trace())])
     metric = Trace(method="hutchinson", max_probes=16, rtol=0.0)
-    reference = landscape.evaluate(metric, regression()[0])
-    found = landscape.evaluate(metric, regression(**options)[0])
+    covered, errors = np.zeros(5), []
+    for seed in range(600):
+        record = landscape.evaluate(metric, parts, seed)  # type: ignore[arg-type]
+        assert record.attrs["way"] == "probes"
+        values = np.array([*record["layer_trace"], record["trace"]])
+        stderr = np.array([*record["layer_trace_stderr"], record["trace_stderr"]])
+        covered += np.abs(values - truths) <= 1.96 * stderr
+        errors.append(values[-1] - truths[-1])
+    assert (covered / 600 >= 0.92).all(), covered / 600
+    assert (covered / 600 <= 0.985).all(), covered / 600
+    # Unbiased: the mean of 600 errors within 4 of its own standard errors (probability 6e-5).
+    assert abs(np.mean(errors)) < 4 * np.std(errors) / 600**0.5
+    # Variance of one independent probe: Σ (w_b/W)² 2(‖H_b‖² − Σ diag²), signs, of sixteen averaged.
+    total = sum(weight for _, weight in parts.parts)
+    eye = torch.eye(problem.size, dtype=torch.float64)
+    dense = [(part.hvp(eye), weight / total) for part, weight in parts.parts]
+    variance = sum(w**2 * 2 * float(D.square().sum() - D.diagonal().square().sum()) for D, w in dense) / 16
+    assert np.var(errors) == pytest.approx(variance, rel=0.25)  # sd of a variance from 600 is 6 %
+
+
+CUTS = [{"cuts": (60,)}, {"cuts": (7, 8, 33, 60)}, {"microbatch": 1}, {"microbatch": 9}]
+
+
+@pytest.mark.parametrize("options", CUTS, ids=str)
+def test_the_number_does_not_depend_on_the_cut_of_the_data(options: dict[str, object]) -> None:
+    shared = Trace(method="hutchinson", max_probes=16, rtol=0.0, frobenius=True)
+    reference = landscape.evaluate(shared, regression()[0])
+    found = landscape.evaluate(shared, regression(**options)[0])
     np.testing.assert_allclose(found["samples"], reference["samples"], rtol=1e-11)
+    problem, H = regression(**options)
+    for metric in (Trace(), Trace(curvature="ggn")):
+        whole = landscape.evaluate(metric, regression(cuts=(60,))[0])
+        np.testing.assert_allclose(
+            landscape.evaluate(metric, problem)["layer_trace"], whole["layer_trace"], rtol=1e-11
+        )
+    independent = landscape.evaluate(Trace(method="hutchinson", max_probes=64, rtol=0.0), problem)
+    # 4.5 calibrated standard errors: false alarm below 1e-4.
+    assert abs(float(independent["trace"]) - float(H.trace())) < 4.5 * float(independent["trace_stderr"])
 
 
 def test_float32_and_float64_agree_within_rounding() -> None:
@@ -213,13 +260,54 @@ def test_settings_out_of_range_are_named(options: dict[str, object], message: st
         Trace(**options)
 
 
-def test_the_embedded_default_at_a_coarse_tolerance() -> None:
+def test_the_embedded_default_is_exact_and_its_probes_agree() -> None:
+    # Each parameter tensor's Hessian block of a ReLU net equals that of the Gauss-Newton matrix, whose
+    # trace is a sum of squared Jacobian rows; made here from the layers by hand.
     model, loss, data, _ = testbeds.load_default()
+    truth = relu_net_trace(model, data)
     problem = landscape.Problem(model, loss, data)
-    ds = landscape.measure(Trace(rtol=0.1), problem)
-    # Dense reference: each parameter tensor's Hessian block of a ReLU net equals that of the Gauss-Newton
-    # matrix, whose trace is a sum of squared Jacobian rows; made here from the layers by hand.
-    assert abs(float(ds["trace"]) - relu_net_trace(model, data)) < 4.5 * float(ds["trace_stderr"])
+    ds = landscape.measure(Trace(), problem)
+    assert ds.attrs["way"] == "layers"
+    assert float(ds["trace"]) == pytest.approx(truth, rel=1e-5)
+    assert float(ds["trace_stderr"]) == 0.0
+    assert bool(ds["converged"])
+    for options in (
+        {"method": "hutchinson"},
+        {"method": "hutchinson", "curvature": "ggn"},
+        {"method": "xtrace"},
+    ):
+        probed = landscape.measure(Trace(rtol=0.1, **options), problem)
+        assert abs(float(probed["trace"]) - truth) < 4.5 * float(probed["trace_stderr"])
+    assert float(landscape.measure(Trace(curvature="ggn"), problem)["trace"]) == pytest.approx(
+        truth, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("activation", "way"),
+    [(nn.ReLU, "layers"), (nn.LeakyReLU, "layers"), (nn.Softplus, "unit_vectors"), (nn.GELU, "unit_vectors")],
+)
+def test_only_piecewise_linear_networks_take_the_short_way(activation: type[nn.Module], way: str) -> None:
+    model = testbeds.mlp([9, 8, 7, 4], activation).double()
+    draws = torch.Generator().manual_seed(4)
+    x = torch.randn(30, 9, generator=draws, dtype=torch.float64)
+    y = torch.randint(0, 4, (30,), generator=draws)
+    problem = landscape.Problem(model, nn.CrossEntropyLoss(), [(x[:13], y[:13]), (x[13:], y[13:])])
+    theta = problem.parameters_vector()
+
+    def loss_of(vector: torch.Tensor) -> torch.Tensor:
+        pieces = dict(zip(problem.names, problem.space.split(vector), strict=True))
+        f = torch.func.functional_call(model, pieces, (x,))
+        return nn.functional.cross_entropy(f, y)
+
+    H = torch.autograd.functional.hessian(loss_of, theta)
+    ds = landscape.measure(Trace(), problem)
+    assert ds.attrs["way"] == way
+    if way != "layers":
+        assert "tr H is not tr G" in ds.attrs["reason"]
+    assert float(ds["trace"]) == pytest.approx(float(H.trace()), rel=1e-10)
+    blocks = [float(part.sum()) for part in H.diagonal().split(problem.space.sizes)]
+    np.testing.assert_allclose(ds["layer_trace"], blocks, rtol=1e-9, atol=1e-12)
 
 
 def relu_net_trace(model: nn.Sequential, data: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
