@@ -24,6 +24,7 @@ _LINES: tuple[tuple[Any, ...], ...] = (
         ("parameters_fingerprint", "fingerprint {:.8}"),
     ),
     ("data", ("data", "{}"), ("examples", "{} examples"), ("data_fingerprint", "fingerprint {:.8}")),
+    ("way", ("way", "{}"), ("reason", "{}")),
     ("seed", ("seed", "{}")),
     (
         "computed on",
@@ -32,7 +33,13 @@ _LINES: tuple[tuple[Any, ...], ...] = (
         ("threads", "threads: {}"),
         ("world_size", "processes: {}"),
     ),
-    ("cost", ("matvecs", "{:.0f} products"), ("gradients", "{:.0f} gradients"), ("wall_seconds", "{:.1f} s")),
+    (
+        "cost",
+        ("matvecs", "{:.0f} products"),
+        ("backward_passes", "{:.0f} backward passes"),
+        ("gradients", "{:.0f} gradients"),
+        ("wall_seconds", "{:.1f} s"),
+    ),
     ("versions", ("landscape_version", "landscape {}"), ("torch_version", "torch {}"), ("time", "{}")),
     ("command", ("command", "{}")),
 )
@@ -112,7 +119,8 @@ def completeness(record: Record) -> tuple[str, bool | None]:
     complete = record.attrs.get("complete")
     if "done" in record:
         done = record["done"]
-        words = f"{int(done.sum())} of {done.size} {record.variables['done'].dims[0]}s"
+        counted = record.attrs.get("counted") or f"{record.variables['done'].dims[0]}s"
+        words = f"{int(done.sum())} of {done.size} {counted}"
         if complete is None:
             complete = bool(done.all())
     else:

@@ -94,7 +94,9 @@ class Trace(Metric):
                 "way": way,
                 "reason": reason,
                 "parameters": problem.size,
+                "counted": _COUNTED.get(way, "probes"),
                 "batches": sum(1 for _ in problem.batches) if way == "layers" else None,
+                "columns": ggn_trace.columns(problem) if way == "layers" else None,
             },
         )
 
@@ -179,6 +181,9 @@ class Trace(Metric):
             errors = np.zeros(samples.shape[1]) if exact else calibrated_stderr(samples, moments, block=block)
             result["layer_trace"] = Variable(("layer",), values, "1", "trace of the block")
             result["layer_trace_stderr"] = Variable(("layer",), errors, "1", "standard error of layer_trace")
+        if record.attrs["way"] == "layers":
+            words = "backward passes over all data, to the layers' outputs"
+            result["backward_passes"] = Variable((), np.asarray(record.attrs["columns"]), "1", words)
         if "squared_norm" in record:
             result.update(_frobenius(record["squared_norm"][done], exact))
         if not exact:
@@ -250,6 +255,9 @@ _METHODS = {
     "shared_probes": "hutchinson",
     "output_probes": "hutchinson",
 }
+
+
+_COUNTED = {"layers": "batches", "unit_vectors": "unit vectors", "estimates": "estimates"}
 
 
 def _products_per_unit(way: str, size: int) -> int:

@@ -274,8 +274,11 @@ def _result(record: Record, value: float, stderr: float) -> str:
     method = record.attrs.get("method")
     done = int(record["done"].sum()) if "done" in record else 0
     if method == "exact":
-        products = int(record["matvecs"]) if "matvecs" in record else done
-        text = f"trace = {plus_minus(value, None)}: exact, {_grouped(products)} products"
+        spent, kind = "matvecs", "products"
+        if "backward_passes" in record:
+            spent, kind = "backward_passes", "backward passes"
+        count = int(record[spent]) if spent in record else done
+        text = f"trace = {plus_minus(value, None)}: exact, {_grouped(count)} {kind}"
     else:
         units = "estimates" if method in {"hutchpp", "xtrace"} else "probes"
         text = f"trace = {plus_minus(value, stderr)}, {_grouped(done)} {units}"
