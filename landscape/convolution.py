@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _linear = ContextVar("linear", default=False)
 
@@ -82,6 +81,9 @@ class _Convolution(torch.autograd.Function):
         if slope is None:
             return (None,) * 5
         x, weight = ctx.saved_tensors
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+            # Once here, instead of in each of the products that will be made of it.
+            slope = slope.contiguous(memory_format=torch.channels_last)
         if _linear.get():
             x, weight = x.detach(), weight.detach()
         wanted = list(ctx.needs_input_grad[:3])
@@ -90,7 +92,10 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Slopes(torch.autograd.Function):
-    """(g, x, w) -> gx(g, w), gw(g, x) and the sums of g over all but its channels."""
+    """(g, x, w) -> gx(g, w), gw(g, x) and the sums of g over all but its channels.
+
+    Its backward consists of PyTorch's own operations, so that third derivatives are PyTorch's.
+    """
 
     @staticmethod
     def forward(  # noqa: PLR0917
@@ -102,9 +107,6 @@ class _Slopes(torch.autograd.Function):
         settings: Settings,
         wanted: list[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-            # Once here, instead of in each of the products that will be made of it.
-            slope = slope.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(slope, x, weight)
         ctx.set_materialize_grads(False)
         ctx.settings = settings
@@ -114,7 +116,6 @@ class _Slopes(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *bent: Tensor | None) -> Any:
         on_x, on_weight, on_bias = bent
         slope, x, weight = ctx.saved_tensors

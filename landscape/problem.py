@@ -385,7 +385,7 @@ class Problem:
             for result in made(piece):
                 parts = list(result)
                 del result
-                self._add(next(rows), parts, scale, first=not weights)
+                self._add(next(rows), parts, scale, not weights)
             weights += weight / unit
         return (total.div_(weights) if weights != 1 else total).to(self.dtype)
 
