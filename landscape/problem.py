@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from landscape import checks, products, vectors
 from landscape.batches import Batches
 from landscape.errors import Refused
 from landscape.evaluator import Evaluator
+from landscape.kernels import Kernels, active, choose, layout_failed
 
 Reduction = Literal["mean", "sum"]
 Mode = Literal["eval", "train"]
@@ -25,6 +28,10 @@ Products = Literal["auto", "autodiff", "difference"]
 # Central differences err by h² from curvature and eps/h from rounding; eps^(1/3) balances the two
 # (Press et al., Numerical Recipes, §5.7).
 _STEP_EXPONENT = 1 / 3
+
+# Sums over micro-batches are held in float64 up to this many numbers (512 MiB), beyond it in the working
+# precision: a block of vectors is then held once more, not three times.
+_WIDE_SUMS = 2**26
 
 
 @dataclass
@@ -71,6 +78,8 @@ class Problem:
         products: how curvature products are made: "autodiff" (reverse over reverse), "difference"
             (central differences of gradients, for layers without a right second derivative), or "auto":
             `check()` decides.
+        kernels: what makes products cheaper (default: all that is exact on this machine). Attribute
+            `kernels` says what is on.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit; the message says what is allowed.
@@ -93,6 +102,7 @@ class Problem:
         dtype: torch.dtype | None = None,
         microbatch: int | None = None,
         products: Products = "auto",
+        kernels: Kernels | None = None,
     ):
         self._arguments = {k: v for k, v in locals().items() if k not in {"self", "__class__"}}
         _validate(**self._arguments)
@@ -107,6 +117,7 @@ class Problem:
         first = next(iter(self._own.values()))
         self.device = torch.device(device) if device is not None else first.device
         self.dtype = dtype or torch.promote_types(first.dtype, torch.float32)
+        self.kernels = choose(self.device, self.dtype) if kernels is None else kernels
         self.batches = Batches(data, self.device, self.dtype)
         self.evaluator = Evaluator(
             model=module, loss=loss, forward=forward, output=output, target=target, weight=weight,
@@ -145,14 +156,7 @@ class Problem:
         """∇L(θ), a vector (n,); sums over batches are made in float64."""
         self.cost.gradients += 1
         with self.evaluator.session():
-            leaves = self._leaves()
-            total, weights = self._zeros(1), 0.0
-            for piece, weight in self.evaluator.pieces(self.batches):
-                with self._filled(leaves):
-                    slopes = products.gradient(self.evaluator.loss_of(piece), leaves)
-                self._add(total[0], slopes, self.evaluator.scale(weight))
-                weights += weight
-        return (total[0] / weights).to(self.dtype)
+            return self._mean(1, self._gradient_piece)[0]
 
     def hvp(self, V: Tensor) -> Tensor:
         """H V with H = ∇²L(θ), for one vector (n,) or a block (n, k), in one pass over the data.
@@ -378,31 +382,63 @@ class Problem:
             self.cost.matvecs += V[0].numel()
             made = double.ggn_vp(V.double()) if ggn else double.hvp(V.double())
             return made.to(self.dtype)
-        rows = vectors.column_major(V.to(self.device, self.dtype), self.size)
-        self.cost.matvecs += len(rows)
+        try:
+            return self._summed(V, by_difference if differences else by_autodiff, differences)
+        except RuntimeError as failure:
+            if not (self.kernels.channels_last and layout_failed(failure)):
+                raise
+            self.kernels = dataclasses.replace(self.kernels, channels_last=False)
+            return self._summed(V, by_autodiff, differences)
+
+    def _summed(self, V: Tensor, made: Callable[..., Iterator[products.Optional]], flat: bool) -> Tensor:
+        """Add up `made(piece, vectors)` over the micro-batches; the vectors flat, or cut per parameter."""
+        V = V.to(self.device, self.dtype)
+        rows = vectors.column_major(V, self.size) if flat else vectors.aligned_pieces(V, self.space)
         with self.evaluator.session(), contextlib.ExitStack() as stack:
-            if not differences:
+            if not flat:
                 stack.enter_context(self.evaluator.twice_differentiable())
-            total, weights = self._zeros(len(rows)), 0.0
-            for piece, weight in self.evaluator.pieces(self.batches):
-                for j, result in enumerate((by_difference if differences else by_autodiff)(piece, rows)):
-                    self._add(total[j], result, self.evaluator.scale(weight))
-                weights += weight
-        return (total / weights).to(self.dtype).T.contiguous().view(V.shape)
+                stack.enter_context(active(self.kernels))
+            total = self._mean(len(rows), lambda piece: made(piece, rows))
+        self.cost.matvecs += len(rows)
+        # Column-major: what follows takes one vector after the other, and this costs no copy.
+        return total[0] if V.ndim == 1 else total.T
 
-    def _hessian_piece(self, piece: Any, rows: Tensor) -> Iterator[products.Optional]:
+    def _mean(self, count: int, made: Callable[[Any], Iterator[products.Optional]]) -> Tensor:
+        """Return Σ made(piece) / Σ weights over the micro-batches, (count, n).
+
+        In float64 where several micro-batches are added, up to `_WIDE_SUMS` numbers.
+        """
+        pieces = self.evaluator.pieces(self.batches)
+        ahead = list(itertools.islice(pieces, 2))
+        wide = len(ahead) > 1 and count * self.size <= _WIDE_SUMS
+        # Empty, not zero: memory is taken where a row is written, after the graph of its product is gone.
+        total = torch.empty(count, self.size, dtype=torch.float64 if wide else self.dtype, device=self.device)
+        # In units of the first weight, so that a batch alone is not rounded for its weight's sake.
+        unit, weights = ahead[0][1], 0.0
+        for piece, weight in itertools.chain(ahead, pieces):
+            rows, scale = iter(total), self.evaluator.scale(weight) / unit
+            for result in made(piece):
+                parts = list(result)
+                del result
+                self._add(next(rows), parts, scale, not weights)
+            weights += weight / unit
+        return (total.div_(weights) if weights != 1 else total).to(self.dtype)
+
+    def _gradient_piece(self, piece: Any) -> Iterator[products.Optional]:
         leaves = self._leaves()
         with self._filled(leaves):
-            loss = self.evaluator.loss_of(piece)
-            yield from products.hessian_products(loss, leaves, [self.space.split(row) for row in rows])
+            yield products.gradient(self.evaluator.loss_of(piece), leaves)
 
-    def _ggn_piece(self, piece: Any, rows: Tensor) -> Iterator[products.Optional]:
+    def _hessian_piece(self, piece: Any, rows: Sequence[products.Pieces]) -> Iterator[products.Optional]:
         leaves = self._leaves()
         with self._filled(leaves):
-            split = [self.space.split(row) for row in rows]
-            yield from products.ggn_products(
-                self.evaluator.outputs(piece), self._ending(piece), leaves, split
-            )
+            yield from products.hessian_products(self.evaluator.loss_of(piece), leaves, rows)
+
+    def _ggn_piece(self, piece: Any, rows: Sequence[products.Pieces]) -> Iterator[products.Optional]:
+        leaves = self._leaves()
+        with self._filled(leaves):
+            outputs = self.evaluator.outputs(piece)
+            yield from products.ggn_products(outputs, self._ending(piece), leaves, rows)
 
     def _hessian_difference(self, piece: Any, rows: Tensor) -> Iterator[products.Optional]:
         for row in rows:
@@ -462,13 +498,13 @@ class Problem:
     def _named(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.names, leaves, strict=True))
 
-    def _add(self, total: Tensor, parts: products.Optional, scale: float) -> None:
-        for (start, stop), part in zip(self.space.ranges.values(), parts, strict=True):
+    def _add(self, total: Tensor, parts: list[Tensor | None], scale: float, first: bool) -> None:
+        """Add `scale` times the parts to the flat total, and take each out of the list, so that it is freed."""
+        for i, (start, stop) in enumerate(self.space.ranges.values()):
+            part, parts[i] = parts[i], None
+            into = total[start:stop].zero_() if first else total[start:stop]
             if part is not None:
-                total[start:stop].add_(part.detach().reshape(-1), alpha=scale)
-
-    def _zeros(self, k: int) -> Tensor:
-        return torch.zeros(k, self.size, dtype=torch.float64, device=self.device)
+                into.add_(part.detach().reshape(-1), alpha=scale)
 
 
 class _Function(nn.Module):

@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from landscape.batches import tensors, tree_map
+from landscape.convolution import linear_pullbacks
 
 Pieces = Sequence[Tensor]
 Optional = Sequence[Tensor | None]
+Edges = Sequence[GradientEdge | None]
 
 
 def gradient(loss: Tensor, parameters: Pieces) -> Optional:
@@ -31,7 +34,7 @@ def hessian_products(loss: Tensor, parameters: Pieces, rows: Sequence[Pieces]) -
     if not loss.requires_grad:
         yield from ([None] * len(parameters) for _ in rows)
         return
-    first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    first = _edges(torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True))
     yield from _vector_jacobian(first, parameters, rows)
 
 
@@ -48,7 +51,10 @@ def ggn_products(
         yield from ([None] * len(parameters) for _ in rows)
         return
     dummies = [torch.zeros_like(f, requires_grad=True) for f in leaves]
-    pulled = torch.autograd.grad(leaves, parameters, dummies, create_graph=True, allow_unused=True)
+    with linear_pullbacks():
+        pulled = _edges(
+            torch.autograd.grad(leaves, parameters, dummies, create_graph=True, allow_unused=True)
+        )
     detached, slopes = _output_slopes(outputs, loss)
     for row in rows:
         used, pieces = _used(pulled, row)
@@ -76,7 +82,7 @@ def _pulled(leaves: Pieces, parameters: Pieces, bent: Optional, retain: bool) ->
     return torch.autograd.grad(heads, parameters, tails, retain_graph=retain, allow_unused=True)
 
 
-def _output_slopes(outputs: Any, loss: Callable[[Any], Tensor]) -> tuple[list[Tensor], Optional]:
+def _output_slopes(outputs: Any, loss: Callable[[Any], Tensor]) -> tuple[list[Tensor], Edges]:
     """∂ℓ/∂f with a graph, at outputs cut off from the parameters."""
     detached: list[Tensor] = []
 
@@ -87,11 +93,20 @@ def _output_slopes(outputs: Any, loss: Callable[[Any], Tensor]) -> tuple[list[Te
         return detached[-1]
 
     value = loss(tree_map(cut_off, outputs))
-    return detached, torch.autograd.grad(value, detached, create_graph=True, allow_unused=True)
+    return detached, _edges(torch.autograd.grad(value, detached, create_graph=True, allow_unused=True))
+
+
+def _edges(first: Optional) -> Edges:
+    """Where in the graph slopes arise, None for those that are constant.
+
+    Of a slope that is differentiated only its place is needed; without its value a product of a large
+    model needs that much less memory.
+    """
+    return [None if g is None or not g.requires_grad else get_gradient_edge(g) for g in first]
 
 
 def _vector_jacobian(
-    first: Optional, parameters: Pieces, rows: Sequence[Pieces], retain: bool = False
+    first: Edges, parameters: Pieces, rows: Sequence[Pieces], retain: bool = False
 ) -> Iterator[Optional]:
     """Differentiate ⟨first, v⟩ for each v of `rows`, with one graph."""
     for position, row in enumerate(rows):
@@ -103,11 +118,7 @@ def _vector_jacobian(
         yield torch.autograd.grad(used, parameters, pieces, retain_graph=keep, allow_unused=True)
 
 
-def _used(first: Optional, row: Pieces) -> tuple[list[Tensor], list[Tensor]]:
-    """Drop what does not depend on the parameters: its derivative is zero.
-
-    The pieces of a vector are copied: some kernels (FFT) round otherwise where memory is not aligned, and
-    a product must not depend on where its vector stood in a block.
-    """
-    kept = [(g, v.clone()) for g, v in zip(first, row, strict=True) if g is not None and g.requires_grad]
+def _used(first: Edges, row: Pieces) -> tuple[list[GradientEdge], list[Tensor]]:
+    """Drop what does not depend on the parameters: its derivative is zero."""
+    kept = [(g, v) for g, v in zip(first, row, strict=True) if g is not None]
     return [g for g, _ in kept], [v for _, v in kept]

@@ -14,6 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+# The bytes on which PyTorch's own allocations start, and the longest register of today's processors.
+_ALIGNMENT = 64
+
 
 class ParameterSpace:
     """The selected tensors, in order, each once.
@@ -104,6 +107,11 @@ def column_major(V: Tensor, size: int) -> Tensor:
     Raises:
         ValueError: for any other shape, or for a dtype that is not floating point.
     """
+    _require_block(V, size)
+    return V.reshape(size, -1).T.contiguous()
+
+
+def _require_block(V: Tensor, size: int) -> None:
     if V.ndim not in {1, 2} or V.shape[0] != size:
         raise ValueError(
             f"got a block of shape {tuple(V.shape)}; "
@@ -111,7 +119,30 @@ def column_major(V: Tensor, size: int) -> Tensor:
         )
     if not V.is_floating_point():
         raise ValueError(f"got vectors of dtype {V.dtype}; allowed is floating point")
-    return V.reshape(size, -1).T.contiguous()
+
+
+def aligned_pieces(V: Tensor, space: ParameterSpace) -> list[list[Tensor]]:
+    """Cut each vector of V, (n,) or (n, k), into the shapes of the parameters.
+
+    Each piece starts on a boundary of 64 bytes, in V itself where it does there: some kernels (FFT, matrix
+    products) round otherwise on other addresses, and a product must not depend on where its vector stood
+    in a block.
+
+    Raises:
+        ValueError: as `column_major`.
+    """
+    _require_block(V, space.size)
+    if V.numel() == space.size:
+        alone = space.split(V.reshape(-1).contiguous())
+        return [[p if p.data_ptr() % _ALIGNMENT == 0 else p.clone() for p in alone]]
+    pieces: list[list[Tensor]] = [[] for _ in range(V.shape[1])]
+    step = _ALIGNMENT // V.element_size()
+    for (start, stop), shape in zip(space.ranges.values(), space.shapes, strict=True):
+        size = stop - start
+        held = V.new_empty(V.shape[1], -(-size // step) * step)[:, :size].copy_(V[start:stop].T)
+        for row, column in zip(pieces, held, strict=True):
+            row.append(column.view(shape))
+    return pieces
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:

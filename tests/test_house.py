@@ -19,7 +19,7 @@ PACKAGE = ROOT / "landscape"
 FLOORS = [
     {"_version", "errors"},
     {"atomic", "provenance", "record", "seeds", "vectors"},
-    {"batches", "guard", "losses", "strict", "tensors"},
+    {"batches", "convolution", "guard", "kernels", "losses", "strict", "tensors"},
     {"netcdf"},
     {"results"},
     {"products", "evaluator", "checks"},
@@ -39,7 +39,7 @@ FLOORS = [
 ]
 # Within a floor, from the bottom up.
 ORDER = {
-    "evaluator": 0, "checks": 1,
+    "evaluator": 0, "checks": 1, "convolution": 0, "kernels": 1,
     "testbeds.nets": 0, "testbeds.digits": 1, "testbeds.train": 1, "testbeds.golden": 2, "testbeds": 3,
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}

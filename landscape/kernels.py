@@ -1,0 +1,301 @@
+"""Kernels that make curvature products cheaper, in force only while products are made.
+
+The user's model is not changed: calls that it makes are answered by equivalents whose second derivative
+costs less, and every setting is put back. Each switch is exact to rounding. Which are on follows from the
+device, the dtype and a probe of the processor's rounding, never from a clock: a product is the same
+number whenever it is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from landscape import seeds
+from landscape.convolution import Settings, convolve
+
+# A sound product has errors of about √K eps, and kernels differ by a factor of two or so; products in bf16
+# err ten thousand times more.
+_ALLOWED_ERROR = 4.0
+# Shapes (M, K, N) of the probe: small, large, and thin along each side.
+_PROBED = ((16, 16, 16), (256, 1024, 256), (4, 2048, 64), (512, 8, 512))
+# |running mean − bias| in standard deviations up to which a BatchNorm is folded. The slope of its weight is
+# then a difference of two numbers that many times larger, and loses as many units in the last place.
+_FOLDED_UP_TO = 16.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Which switches are on.
+
+    Attributes:
+        convolution: convolutions whose double backward takes four convolutions.
+        norm: BatchNorm with running statistics as part of the convolution before it, or as an affine map.
+        channels_last: convolutions of images in the memory order (batch, height, width, channels).
+        matmul: "bf16" where that name selects the faster matrix product, exact on this processor;
+            "default" leaves it alone.
+    """
+
+    convolution: bool = False
+    norm: bool = False
+    channels_last: bool = False
+    matmul: str = "default"
+
+    def as_dict(self) -> dict[str, bool | str]:
+        """The switches as plain values."""
+        return dataclasses.asdict(self)
+
+
+NONE = Kernels()
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """Return the switches that are exact and worth having on this device, in this precision.
+
+    A precision of matrix products that the user has set stands.
+    """
+    if device.type != "cpu":
+        return NONE
+    faster = dtype == torch.float32 and _undecided() and faster_matmul_is_exact()
+    return Kernels(
+        convolution=True,
+        norm=True,
+        channels_last=dtype == torch.float32,
+        matmul="bf16" if faster else "default",
+    )
+
+
+@contextmanager
+def active(kernels: Kernels) -> Iterator[None]:
+    """Make products with these switches; afterwards, also after an exception, all is as before."""
+    with ExitStack() as stack:
+        if kernels.matmul != "default":
+            stack.enter_context(_matmul_precision(kernels.matmul))
+        if kernels.convolution or kernels.norm:
+            stack.enter_context(_Routing(kernels))
+        yield
+
+
+def layout_failed(failure: RuntimeError) -> bool:
+    """Whether a model failed for a view that images have only in the ordinary memory order."""
+    return "view size is not compatible" in str(failure)
+
+
+# --- the faster matrix product ---------------------------------------------------------------------
+
+
+@functools.cache
+def faster_matmul_is_exact() -> bool:
+    """Whether oneDNN's matrix product under the name "bf16" rounds like float32 on this processor.
+
+    The name allows oneDNN to compute in bf16; only processors with matrix units for it (AMX) do. The
+    others get oneDNN's float32 kernel, which is faster than MKL's on AMD.
+    """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return matmul_error("bf16") <= _ALLOWED_ERROR * matmul_error("none")
+
+
+def matmul_error(precision: str) -> float:
+    """The largest relative error ‖C − AB‖ / ‖AB‖ in float32 over fixed matrices, against float64."""
+    worst = 0.0
+    with _matmul_precision(precision):
+        for i, (m, k, n) in enumerate(_PROBED):
+            draws = seeds.generator(0, "kernels", i)
+            a, b = torch.randn(m, k, generator=draws), torch.randn(k, n, generator=draws)
+            exact = a.double() @ b.double()
+            bias = torch.zeros(n)
+            made = [
+                a @ b,
+                a.T.contiguous().T @ b,
+                functional.linear(a, b.T.contiguous(), bias),
+                torch.bmm(a.expand(2, m, k), b.expand(2, k, n))[1],
+            ]
+            worst = max(worst, *(float((c - exact).norm() / exact.norm()) for c in made))
+    return worst
+
+
+def _undecided() -> bool:
+    return str(torch.backends.mkldnn.matmul.fp32_precision) == "none"  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    try:
+        setting.fp32_precision = precision
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+# --- calls of the model that are answered otherwise ------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """A convolution just made, and what it was made of, with the versions of its tensors."""
+
+    output: Tensor
+    parts: tuple[Tensor, Tensor, Tensor | None]
+    settings: Settings
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, output: Tensor, parts: tuple[Tensor, Tensor, Tensor | None], settings: Settings) -> _Made:
+        return cls(output, parts, settings, _versions(output, *parts))
+
+    def is_still(self, x: Tensor) -> bool:
+        """Whether x is that output, and nothing was written in place since."""
+        return x is self.output and self.versions == _versions(self.output, *self.parts)
+
+
+def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(t._version for t in tensors if t is not None)
+
+
+class _Routing(TorchFunctionMode):
+    """Answers convolutions and BatchNorms of the model; everything else takes its usual way."""
+
+    def __init__(self, kernels: Kernels):
+        super().__init__()
+        self._kernels = kernels
+        self._last: _Made | None = None
+        self._handlers: dict[Any, Any] = {}
+        if kernels.convolution:
+            for dimensions, function in enumerate((torch.conv1d, torch.conv2d, torch.conv3d), start=1):
+                self._handlers[function] = functools.partial(self._convolution, function, dimensions)
+        if kernels.norm:
+            self._handlers[functional.batch_norm] = self._norm
+
+    def __exit__(self, *exception: Any) -> None:
+        self._last = None
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return self._handlers.get(func, func)(*args, **(kwargs or {}))
+
+    def _convolution(  # noqa: PLR0917  (PyTorch's signature)
+        self,
+        function: Any,
+        dimensions: int,
+        input: Tensor,  # noqa: A002  (PyTorch's keyword)
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        plain = _plain(input, weight, bias) and weight.ndim == input.ndim == dimensions + 2
+        if not plain or (padding == "same" and _tuple(stride, dimensions) != (1,) * dimensions):
+            made: Tensor = function(input, weight, bias, stride, padding, dilation, groups)
+            return made
+        dilations = _tuple(dilation, dimensions)
+        padded, paddings = _padded(input, weight, padding, dilations)
+        if dimensions == 2 and self._kernels.channels_last:
+            padded = padded.contiguous(memory_format=torch.channels_last)
+        settings = Settings(_tuple(stride, dimensions), paddings, dilations, groups)
+        output = convolve(padded, weight, bias, settings)
+        self._last = _Made.of(output, (padded, weight, bias), settings)
+        return output
+
+    def _norm(  # noqa: PLR0917
+        self,
+        input: Tensor,  # noqa: A002
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        plain = _plain(input, running_mean, running_var, weight, bias)
+        if training or running_mean is None or running_var is None or not plain:
+            return functional.batch_norm(
+                input, running_mean, running_var, weight, bias, training, momentum, eps
+            )
+        inverse = torch.rsqrt(running_var + eps)
+        scale = inverse if weight is None else weight * inverse
+        made, self._last = self._last, None
+        if made is not None and made.is_still(input) and _centred(running_mean, inverse, made.parts[2]):
+            return _folded(made, running_mean, scale, bias)
+        return _affine(input, running_mean, scale, bias)
+
+
+def _folded(made: _Made, mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return s (w ⋆ x + c − m) + b as one convolution, (s w) ⋆ x + (s (c − m) + b).
+
+    Its value is had from the convolution that was made; only its derivatives are those of the new one, so
+    that no pass over the images is left to the BatchNorm.
+    """
+    x, weight, constant = made.parts
+    shift = scale * (-mean if constant is None else constant - mean)
+    shift = shift if bias is None else shift + bias
+    with torch.no_grad():
+        value = _affine(made.output.detach(), mean, scale, bias)
+    stretched = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+    return convolve(x, stretched, shift, made.settings, value)
+
+
+def _affine(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return (x − m) s + b; subtracting first keeps the slope of s accurate where the mean is large."""
+    along = (-1, *[1] * (x.ndim - 2))
+    centred = x - mean.reshape(along)
+    if bias is None:
+        return centred * scale.reshape(along)
+    return torch.addcmul(bias.reshape(along), centred, scale.reshape(along))
+
+
+def _centred(mean: Tensor, inverse: Tensor, constant: Tensor | None) -> bool:
+    with torch.no_grad():
+        away = mean if constant is None else mean - constant
+        return bool((away.abs() * inverse).max() <= _FOLDED_UP_TO)
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary real tensors of one dtype, outside of autocast, vmap and forward mode."""
+    given = [t for t in tensors if t is not None]
+    first = given[0]
+    return (
+        all(type(t) in {Tensor, torch.nn.Parameter} and t.layout == torch.strided for t in given)
+        and all(t.dtype == first.dtype and t.device == first.device for t in given)
+        and first.is_floating_point()
+        and first.numel() > 0
+        and not torch.is_autocast_enabled(first.device.type)
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def _tuple(value: Any, dimensions: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dimensions if len(values) == 1 else values
+
+
+def _padded(
+    x: Tensor, weight: Tensor, padding: Any, dilation: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Resolve "valid" and "same"; an odd total of "same" has its extra zero at the end, written out."""
+    if not isinstance(padding, str):
+        return x, _tuple(padding, len(dilation))
+    if padding == "valid":
+        return x, (0,) * len(dilation)
+    totals = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
+    if any(total % 2 for total in totals):
+        ends = [side for total in reversed(totals) for side in (0, total % 2)]
+        x = functional.pad(x, ends)
+    return x, tuple(math.floor(total / 2) for total in totals)
