@@ -157,6 +157,7 @@ def attributes(
     return {
         "title": "products and time to 1 % of the trace of the Hessian, ours and peers'",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "workers": [OURS, *(arguments.peer or peers_envs.PEERS)],
         "versions": versions,
         "failures": {o.problem: o.failures for o in outcomes},
         "settings": {key: getattr(arguments, key) for key in kept},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +51,7 @@ def python_of(folder: Path, name: str, requirement: str, pip_options: list[str])
         EnvironmentFailedError: if pip fails, or would draw CUDA packages.
     """
     home = folder / name
-    python = home / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    python = home / "bin" / "python"
     wanted = [*SHARED, requirement]
     mark = home / _MARK
     if mark.exists() and json.loads(mark.read_text()) == wanted and python.exists():
@@ -80,6 +79,6 @@ def _refuse_cuda(report: str) -> None:
 def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise EnvironmentFailedError("pip: " + (" | ".join(lines[-3:]) or f"exit status {done.returncode}"))
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+        raise EnvironmentFailedError(f"pip: {''.join(last)[:200] or f'exit status {done.returncode}'}")
     return done.stdout

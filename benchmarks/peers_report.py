@@ -57,7 +57,8 @@ def table(outcome: Outcome, versions: dict[str, dict[str, str]]) -> str:
     lines = [
         "",
         f"{outcome.problem}: {outcome.parameters:,} parameters, {outcome.examples} examples, "
-        f"trace {value:.6g} ({known}), one Hutchinson probe ± {outcome.deviation:.0%}",
+        f"trace {value:.6g} ({known})"
+        + ("" if math.isnan(outcome.deviation) else f", one Hutchinson probe ± {outcome.deviation:.0%}"),
         f"  {'':24} {'gradient':>10} {'product':>20} {'per vector in 16':>20}   v·Hv off",
     ]
     middle = statistics.median(outcome.products.values()) if outcome.products else math.nan
@@ -91,11 +92,15 @@ def _summary(outcome: Outcome) -> list[str]:
     lines = []
     if averaging:
         lines.append(f"  PyHessian's averaging / our estimator      {_number(averaging.seconds / own)}")
-    lines += [
-        f"  best peer ({worker} {method}) / our estimator   {_number(best / own)}",
-        f"  best peer / our whole measure()             {_number(best / whole)}",
-        f"  our product / the cheapest peer's           {_number(outcome.per_product(OURS) / cheapest)}",
-    ]
+    if worker:
+        lines += [
+            f"  best peer ({worker} {method}) / our estimator   {_number(best / own)}",
+            f"  best peer / our whole measure()             {_number(best / whole)}",
+        ]
+    if not math.isnan(cheapest):
+        lines.append(
+            f"  our product / the cheapest peer's           {_number(outcome.per_product(OURS) / cheapest)}"
+        )
     return lines
 
 
@@ -130,7 +135,7 @@ def _how(method: str, found: Finding) -> str:
 
 def record(outcomes: list[Outcome], attrs: dict[str, Any]) -> Record:
     """Return everything as one record: medians by problem and worker, findings, and every single draw."""
-    workers = sorted({name for o in outcomes for name in o.seconds})
+    workers = attrs["workers"]
     variables = {
         "problem": _labels("problem", [o.problem for o in outcomes], "network and data"),
         "worker": _labels("worker", workers, "ours or a peer"),
@@ -146,16 +151,22 @@ def record(outcomes: list[Outcome], attrs: dict[str, Any]) -> Record:
         ),
     }
     for task in TASKS:
-        rounds = max((len(t[task]) for o in outcomes for t in o.seconds.values()), default=0)
+        rounds = max((len(t[task]) for o in outcomes for t in o.seconds.values()), default=0) or 1
         data = np.full((len(outcomes), len(workers), rounds), np.nan)
         for i, outcome in enumerate(outcomes):
             for name, taken in outcome.seconds.items():
                 data[i, workers.index(name), : len(taken[task])] = taken[task]
         words = {"block": "seconds per vector in a block of 16"}.get(task, f"seconds of one {task}")
         variables[f"{task}_seconds"] = Variable(("problem", "worker", f"{task}_round"), data, "s", words)
+    return Record(variables | _findings(outcomes) | _draws(outcomes), attrs)
+
+
+def _findings(outcomes: list[Outcome]) -> dict[str, Variable]:
     found = [(o.problem, *key, f) for o in outcomes for key, f in o.findings.items()]
-    texts = {"problem": 0, "worker": 1, "method": 2}
-    for name, place in texts.items():
+    if not found:
+        return {}
+    variables = {}
+    for place, name in enumerate(("problem", "worker", "method")):
         variables[f"found_{name}"] = _labels(
             "found", [str(row[place]) for row in found], f"{name} of a finding"
         )
@@ -169,7 +180,7 @@ def record(outcomes: list[Outcome], attrs: dict[str, Any]) -> Record:
     for name, (units, words) in meanings.items():
         data = [float(getattr(row[3], name)) for row in found]
         variables[f"found_{name}"] = _column("found", data, units, words)
-    return Record(variables | _draws(outcomes), attrs)
+    return variables
 
 
 def _draws(outcomes: list[Outcome]) -> dict[str, Variable]:
@@ -177,7 +188,9 @@ def _draws(outcomes: list[Outcome]) -> dict[str, Variable]:
         (o.problem, s.process.name, s.method, d.matvecs, d.seconds / len(d.values), value)
         for o in outcomes for s in o.searches for d in s.drawn for value in d.values
     ]  # fmt: skip
-    problem, worker, method, matvecs, seconds, value = zip(*rows, strict=True) if rows else ((),) * 6
+    if not rows:
+        return {}
+    problem, worker, method, matvecs, seconds, value = zip(*rows, strict=True)
     return {
         "draw_problem": _labels("draw", problem, "problem of a draw"),
         "draw_worker": _labels("draw", worker, "who drew"),
