@@ -59,6 +59,8 @@ def options() -> argparse.Namespace:
     add("--reference-probes", type=int, default=150,
         help="probes of the reference trace of the GPT, computed once (default: 150)")  # fmt: skip
     add("--threads", type=int, default=1, help="of each process (default: 1)")
+    add("--clock", choices=("wall", "cpu"), default="wall",
+        help="cpu: time of the process on its cores; for one thread on a crowded machine (default: wall)")  # fmt: skip
     add("--timeout", type=float, default=1800.0, help="seconds that one answer may take (default: 1800)")
     return parser.parse_args()
 
@@ -99,6 +101,7 @@ def measure(
                 folder,
                 package=package,
                 threads=arguments.threads,
+                clock=arguments.clock,
                 timeout=arguments.timeout,
             )
             stack.callback(process.close)
@@ -153,7 +156,7 @@ def main() -> None:
 def attributes(
     arguments: argparse.Namespace, outcomes: list[Outcome], versions: dict[str, dict[str, str]]
 ) -> dict[str, Any]:
-    kept = ("rounds", "draws", "probes", "budget", "reference_probes", "threads")
+    kept = ("rounds", "draws", "probes", "budget", "reference_probes", "threads", "clock")
     return {
         "title": "products and time to 1 % of the trace of the Hessian, ours and peers'",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -30,22 +30,15 @@ class Process:
     """A worker in its own interpreter."""
 
     def __init__(
-        self,
-        name: str,
-        python: Path,
-        problem: str,
-        folder: Path,
-        *,
-        package: Path,
-        threads: int,
-        timeout: float,
-    ) -> None:
+        self, name: str, python: Path, problem: str, folder: Path, *,
+        package: Path, threads: int, clock: str, timeout: float,
+    ) -> None:  # fmt: skip
         self.name, self.timeout = name, timeout
         # No site-packages of ours on a peer's path: only a folder that holds `landscape` and nothing else.
         environment = os.environ | {
             "PYTHONPATH": str(package), "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE",
         }  # fmt: skip
-        command = [str(python), str(WORKER), name, problem, str(folder), str(threads)]
+        command = [str(python), str(WORKER), name, problem, str(folder), str(threads), clock]
         self.log = folder / f"{name}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

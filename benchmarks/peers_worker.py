@@ -1,6 +1,6 @@
 """One peer measuring one problem: reads requests as JSON lines, answers each with one JSON line.
 
-    python benchmarks/peers_worker.py PEER PROBLEM FOLDER THREADS
+    python benchmarks/peers_worker.py PEER PROBLEM FOLDER THREADS CLOCK
 
 It runs in the environment of the peer, and is started by `peers.py`. Requests: {"do": "setup"}, "gradient",
 "product", "block", or {"do": "draw", "method": ..., "matvecs": ..., "seed": ...}. Answers hold "seconds", and
@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from landscape.seeds import generator
 
 BLOCK = 16
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Draw = Callable[[int, int], list[float]]  # (matvecs, seed) -> estimates of the trace
 
 
@@ -37,8 +38,8 @@ class Worker:
 
     package: ClassVar[str]
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
+    def __init__(self, case: Case, clock: Callable[[], float]) -> None:
+        self.case, self.clock = case, clock
         self.weights = list(case.model.parameters())
         size = (case.parameters, BLOCK)
         self.V = torch.randint(0, 2, size, generator=generator(0, "peers vector", 0)).float() * 2 - 1
@@ -64,6 +65,11 @@ class Worker:
 
     def fresh(self) -> None:
         """Get ready for a draw, outside its time."""
+
+    def timed(self, task: Callable[[], Any]) -> tuple[float, Any]:
+        began = self.clock()
+        result = task()
+        return self.clock() - began, result
 
 
 class PyHessian(Worker):
@@ -232,22 +238,22 @@ def answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
     """Do what is asked for and say how long it took."""
     what = request["do"]
     if what == "gradient":
-        return {"seconds": _timed(worker.case.gradient)[0]}
+        return {"seconds": worker.timed(worker.case.gradient)[0]}
     with worker.around():
         if what == "setup":
-            seconds, _ = _timed(worker.setup)
+            seconds, _ = worker.timed(worker.setup)
             versions = {name: version(name) for name in ("torch", "numpy")} | {"peer": _version(worker)}
             return {"seconds": seconds, "versions": versions, "methods": list(worker.draws)}
         if what == "product":
-            seconds, value = _timed(worker.product)
+            seconds, value = worker.timed(worker.product)
             return {"seconds": seconds, "values": [value]}
         if what == "block":
             if worker.block is None:
                 return {"seconds": None}
-            return {"seconds": _timed(worker.block)[0] / BLOCK}
+            return {"seconds": worker.timed(worker.block)[0] / BLOCK}
         worker.fresh()
         draw = worker.draws[request["method"]]
-        seconds, values = _timed(lambda: draw(request["matvecs"], request["seed"]))
+        seconds, values = worker.timed(lambda: draw(request["matvecs"], request["seed"]))
         return {"seconds": seconds, "values": [float(value) for value in values], "taken": worker.taken}
 
 
@@ -259,24 +265,18 @@ def _version(worker: Worker) -> str:
     return version(worker.package)
 
 
-def _timed(task: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    result = task()
-    return time.perf_counter() - began, result
-
-
 def _requests() -> Iterator[dict[str, Any]]:
     for line in sys.stdin:
         yield json.loads(line)
 
 
 def main() -> None:
-    name, problem, folder, threads = sys.argv[1:]
+    name, problem, folder, threads, clock = sys.argv[1:]
     torch.set_num_threads(int(threads))
     # What a peer prints must not stand between the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    worker = WORKERS[name](peers_problems.load(Path(folder), problem))
+    worker = WORKERS[name](peers_problems.load(Path(folder), problem), CLOCKS[clock])
     for request in _requests():
         try:
             reply = answer(worker, request)
