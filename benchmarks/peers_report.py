@@ -127,7 +127,8 @@ def _how(method: str, found: Finding) -> str:
         return f"{words}{hours}; from {found.draws} probes of all peers"
     if method == "own stop":
         return f"stops by its own rule {found.error:.1%} off (RMSE of {found.draws} runs): no way to 1 %"
-    words = f"RMSE {found.error:.2%} of {found.draws} draws"
+    # Of normal errors, the RMSE of n draws scatters by this much.
+    words = f"RMSE {found.error:.2%} (known to ± {1 / math.sqrt(2 * found.draws):.0%}) of {found.draws} draws"
     if found.repeats > 1:
         words += f"; not run: x {_number(found.repeats)} draws to average"
     return words

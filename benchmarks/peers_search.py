@@ -16,7 +16,6 @@ from typing import Any
 
 WORKER = Path(__file__).resolve().parent / "peers_worker.py"
 TOLERANCE = 0.01
-FEWEST_DRAWS = 3
 PROBES_PER_DRAW = 4
 # Products per estimate: all divisible by 6, as Hutch++ and XTrace ask for.
 GRID = (12, 24, 30, 48, 60, 90, 120, 180, 240)
@@ -109,12 +108,17 @@ class Finding:
 
 @dataclass
 class Search:
-    """One method of one peer on one problem: it draws until the smallest sufficient estimate is known."""
+    """One method of one peer on one problem: it draws until the smallest sufficient estimate is known.
+
+    `same` lists the searches, this one among them, whose estimates are statistically the same: their errors
+    are pooled, their times are not.
+    """
 
     process: Process
     method: str
     setup: float
     product: float
+    least_draws: int
     most_draws: int
     most_probes: int
     budget: float
@@ -122,6 +126,7 @@ class Search:
     drawn: list[Drawn] = field(default_factory=list)
     failure: str = ""
     done: bool = False
+    same: list[Search] = field(default_factory=list)
     _place: int = 0
     _allowance: float = 0.0
 
@@ -129,7 +134,7 @@ class Search:
         grids = {"hutch++": GRID, "xtrace": GRID, "hutchinson": (PROBES_PER_DRAW,)}
         self.grid = grids.get(self.method, (0,))
         self._allowance = self._third()
-        if self.method == "own stop" and 100 * self.product * FEWEST_DRAWS > self.budget:
+        if self.method == "own stop" and 100 * self.product * self.least_draws > self.budget:
             self.done, self.failure = True, "not run: 100 probes take too long for --budget"
 
     def _spent(self) -> float:
@@ -142,6 +147,9 @@ class Search:
 
     def here(self, matvecs: int) -> list[Drawn]:
         return [d for d in self.drawn if d.matvecs == matvecs]
+
+    def estimates(self, matvecs: int) -> list[float]:
+        return [v for search in self.same for d in search.here(matvecs) for v in d.values]
 
     def step(self, truth: tuple[float, float]) -> None:
         """Draw once, then decide whether to go on here, go on with more products, or end."""
@@ -158,13 +166,13 @@ class Search:
         spent = sum(d.seconds for d in here)
         most = math.ceil(self.most_probes / matvecs) if self.method == "hutchinson" else self.most_draws
         tired = spent + here[-1].seconds > self._allowance
-        if len(here) < FEWEST_DRAWS or (len(here) < most and not tired):
+        if len(here) < self.least_draws or (len(here) < most and not tired):
             return
         following = self.grid[self._place + 1 :]
         if not following or self.error(matvecs, truth) <= TOLERANCE:
             self.done = True
             return
-        expected = FEWEST_DRAWS * here[-1].seconds * following[0] / matvecs
+        expected = self.least_draws * here[-1].seconds * following[0] / matvecs
         self.done = self._spent() + expected > self.budget
         self._place += 1
         self._allowance = self._third()
@@ -172,7 +180,7 @@ class Search:
     def error(self, matvecs: int, truth: tuple[float, float]) -> float:
         """Return the relative RMSE of the estimates, freed of the error of the reference."""
         value, stderr = truth
-        misses = [(v - value) ** 2 for d in self.here(matvecs) for v in d.values]
+        misses = [(v - value) ** 2 for v in self.estimates(matvecs)]
         return math.sqrt(max(0.0, statistics.fmean(misses) - stderr**2)) / abs(value)
 
     def finding(self, truth: tuple[float, float], deviation: tuple[float, int]) -> Finding | None:
@@ -193,10 +201,10 @@ class Search:
             return Finding(math.nan, taken, self.error(0, truth), math.nan, len(self.drawn))
         found = []
         for matvecs in sorted({d.matvecs for d in self.drawn}):
-            error, here = self.error(matvecs, truth), self.here(matvecs)
+            error, count = self.error(matvecs, truth), len(self.estimates(matvecs))
             repeats = max(1.0, (error / TOLERANCE) ** 2)
-            each = statistics.median(d.seconds for d in here)
-            found.append(Finding(self.setup + each * repeats, matvecs * repeats, error, repeats, len(here)))
+            each = statistics.median(d.seconds for d in self.here(matvecs))
+            found.append(Finding(self.setup + each * repeats, matvecs * repeats, error, repeats, count))
             if repeats == 1:
                 return found[-1]
         return min(found, key=lambda f: f.seconds)
@@ -204,6 +212,8 @@ class Search:
 
 def run_all(searches: list[Search], truth: tuple[float, float]) -> None:
     """Let all searches draw in turn, so that all see the same noise of the machine."""
+    for search in searches:
+        search.same = [other for other in searches if other.method == search.method]
     while any(not s.done for s in searches):
         for search in searches:
             if not search.done:
