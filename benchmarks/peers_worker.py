@@ -1,0 +1,289 @@
+"""One peer measuring one problem: reads requests as JSON lines, answers each with one JSON line.
+
+    python benchmarks/peers_worker.py PEER PROBLEM FOLDER THREADS CLOCK
+
+It runs in the environment of the peer, and is started by `peers.py`. Requests: {"do": "setup"}, "gradient",
+"product", "block", or {"do": "draw", "method": ..., "matvecs": ..., "seed": ...}. Answers hold "seconds", and
+"values", the estimates of the trace, and "taken", their products where the method chose them; or "error".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import peers_problems
+import torch
+from peers_problems import Case
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from landscape.seeds import generator
+
+BLOCK = 16
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Draw = Callable[[int, int], list[float]]  # (matvecs, seed) -> estimates of the trace
+
+
+class Worker:
+    """What every peer is asked for; `draws` maps the name of a method to the function that runs it."""
+
+    package: ClassVar[str]
+
+    def __init__(self, case: Case, clock: Callable[[], float]) -> None:
+        self.case, self.clock = case, clock
+        self.weights = list(case.model.parameters())
+        size = (case.parameters, BLOCK)
+        self.V = torch.randint(0, 2, size, generator=generator(0, "peers vector", 0)).float() * 2 - 1
+        self.v = self.V[:, 0].contiguous()
+        self.draws: dict[str, Draw] = {}
+        self.taken: int | None = None  # products of the last draw, where the method chose them
+
+    def around(self) -> contextlib.AbstractContextManager[None]:
+        """What a user of the peer has to put around it so that it runs on this network at all."""
+        if self.case.spec.math_attention:
+            return sdpa_kernel(SDPBackend.MATH)
+        return contextlib.nullcontext()
+
+    def setup(self) -> None:
+        """Make the operator: what is paid once, not per product."""
+
+    def product(self) -> float:
+        """Form one product and return v·Hv."""
+        raise NotImplementedError
+
+    block: Callable[[], object] | None = None
+    """Form the products with 16 vectors at once; None where a peer takes one at a time."""
+
+    def fresh(self) -> None:
+        """Get ready for a draw, outside its time."""
+
+    def timed(self, task: Callable[[], Any]) -> tuple[float, Any]:
+        began = self.clock()
+        result = task()
+        return self.clock() - began, result
+
+
+class PyHessian(Worker):
+    package = "PyHessian"
+
+    def setup(self) -> None:
+        from pyhessian import hessian
+
+        data = (self.case.inputs, self.case.targets)
+        self.hessian = hessian(self.case.model, self.case.loss, data=data, cuda=False)
+        self.draws = {"hutchinson": self.hutchinson, "own stop": self.own_stop}
+
+    def product(self) -> float:
+        from pyhessian.utils import hessian_vector_product
+
+        pieces = self.v.split([w.numel() for w in self.weights])
+        v = [piece.view_as(w) for piece, w in zip(pieces, self.weights, strict=True)]
+        Hv = hessian_vector_product(self.hessian.gradsH, self.hessian.params, v)
+        return sum((a.double() * b.double()).sum().item() for a, b in zip(v, Hv, strict=True))
+
+    def hutchinson(self, matvecs: int, seed: int) -> list[float]:
+        """Take all probes: no running mean is closer to the last than minus infinity."""
+        torch.manual_seed(seed)
+        return self.hessian.trace(maxIter=matvecs, tol=-float("inf"))
+
+    def own_stop(self, matvecs: int, seed: int) -> list[float]:  # noqa: ARG002
+        """Leave everything at its default, and take the mean of what comes back, as its README does."""
+        torch.manual_seed(seed)
+        samples = self.hessian.trace()
+        self.taken = len(samples)
+        return [sum(samples) / len(samples)]
+
+
+class _Columns:
+    """An operator that gives curvlinops' products a few columns at a time: its own vmap over all of them
+    would not fit into memory.
+    """
+
+    def __init__(self, operator: Any, columns: int) -> None:
+        self.operator, self.columns = operator, columns
+        self.shape, self.device, self.dtype = operator.shape, operator.device, operator.dtype
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        if V.dim() == 1:
+            return self.operator @ V
+        return torch.cat([self.operator @ part for part in V.split(self.columns, dim=1)], dim=1)
+
+
+class Curvlinops(Worker):
+    package = "curvlinops-for-pytorch"
+
+    def setup(self) -> None:
+        from curvlinops import HessianLinearOperator, hutchpp_trace, xtrace
+
+        operator = HessianLinearOperator(
+            self.case.model, self.case.loss, self.weights, self.case.batches(), check_deterministic=False
+        )
+        self.operator = _Columns(operator, self.case.spec.columns)
+        functions = {"hutch++": hutchpp_trace, "xtrace": xtrace}
+        self.draws = {name: self._seeded(function) for name, function in functions.items()}
+        self.draws["hutchinson"] = self.hutchinson
+
+    def _seeded(self, function: Callable[..., Tensor]) -> Draw:
+        def draw(matvecs: int, seed: int) -> list[float]:
+            torch.manual_seed(seed)
+            return [function(self.operator, matvecs).item()]
+
+        return draw
+
+    def hutchinson(self, matvecs: int, seed: int) -> list[float]:
+        """Call it for one probe at a time: it returns only means, and the variance is wanted."""
+        from curvlinops import hutchinson_trace
+
+        torch.manual_seed(seed)
+        return [hutchinson_trace(self.operator, 1).item() for _ in range(matvecs)]
+
+    def product(self) -> float:
+        return torch.dot(self.v.double(), (self.operator @ self.v).double()).item()
+
+    def block(self) -> object:
+        return self.operator @ self.V
+
+
+class Eigenthings(Worker):
+    package = "hessian-eigenthings"
+
+    def setup(self) -> None:
+        from hessian_eigenthings import HessianOperator, hutch_plus_plus, hutchinson, supervised_loss
+
+        loss = supervised_loss(self.case.loss)
+        self.operator = HessianOperator(self.case.model, self.case.batches(), loss)
+        # The seed is given: without one, every call draws the same numbers.
+        self.draws = {
+            "hutch++": lambda m, seed: [hutch_plus_plus(self.operator, num_matvecs=m, seed=seed).estimate],
+            "hutchinson": lambda m, seed: hutchinson(
+                self.operator, num_samples=m, seed=seed
+            ).samples.tolist(),
+        }
+
+    def product(self) -> float:
+        return torch.dot(self.v.double(), self.operator.matvec(self.v).double()).item()
+
+
+class Ours(Worker):
+    package = "landscape"
+
+    def around(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def setup(self) -> None:
+        self.problem = ours_problem(self.case)
+        self.draws = {"trace": lambda _, seed: [ours_trace(self.problem, seed)], "measure()": self.whole}
+
+    def fresh(self) -> None:
+        self.problem = ours_problem(self.case)  # so that nothing is kept from the draw before
+
+    def whole(self, matvecs: int, seed: int) -> list[float]:  # noqa: ARG002
+        with tempfile.TemporaryDirectory() as folder:
+            return [ours_measure(self.problem, seed, Path(folder))]
+
+    def product(self) -> float:
+        return torch.dot(self.v.double(), self.problem.hvp(self.v).double()).item()
+
+    def block(self) -> object:
+        return self.problem.hvp(self.V)
+
+
+def ours_problem(case: Case) -> Any:
+    """Return the problem as a user of `landscape` states it."""
+    import landscape
+
+    data = [(case.inputs, case.targets)]
+    return landscape.Problem(case.model, case.loss, data, microbatch=case.spec.microbatch)
+
+
+def ours_trace(problem: Any, seed: int) -> float:
+    """Return our estimate of Tr H: the estimator alone, without `check()` and without a file."""
+    import landscape
+
+    return float(landscape.evaluate(_ours_metric(problem), problem, seed)["trace"])
+
+
+def ours_measure(problem: Any, seed: int, folder: Path) -> float:
+    """Return our estimate of Tr H from a whole `measure()`, with its checks and its file."""
+    import landscape
+
+    return float(landscape.measure(_ours_metric(problem), problem, out=folder, seed=seed)["trace"])
+
+
+def _ours_metric(problem: Any) -> Any:
+    """Return the metric with as many products as there is patience for; the driver judges the error itself."""
+    import landscape
+
+    return landscape.metrics.Trace(rtol=0.01, max_probes=256 if problem.size < 100_000 else 16)
+
+
+WORKERS: dict[str, type[Worker]] = {
+    "ours": Ours,
+    "pyhessian": PyHessian,
+    "curvlinops": Curvlinops,
+    "eigenthings": Eigenthings,
+}
+
+
+def answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
+    """Do what is asked for and say how long it took."""
+    what = request["do"]
+    if what == "gradient":
+        return {"seconds": worker.timed(worker.case.gradient)[0]}
+    with worker.around():
+        if what == "setup":
+            seconds, _ = worker.timed(worker.setup)
+            versions = {name: version(name) for name in ("torch", "numpy")} | {"peer": _version(worker)}
+            return {"seconds": seconds, "versions": versions, "methods": list(worker.draws)}
+        if what == "product":
+            seconds, value = worker.timed(worker.product)
+            return {"seconds": seconds, "values": [value]}
+        if what == "block":
+            if worker.block is None:
+                return {"seconds": None}
+            return {"seconds": worker.timed(worker.block)[0] / BLOCK}
+        worker.fresh()
+        draw = worker.draws[request["method"]]
+        seconds, values = worker.timed(lambda: draw(request["matvecs"], request["seed"]))
+        return {"seconds": seconds, "values": [float(value) for value in values], "taken": worker.taken}
+
+
+def _version(worker: Worker) -> str:
+    if isinstance(worker, Ours):
+        import landscape
+
+        return landscape.__version__
+    return version(worker.package)
+
+
+def _requests() -> Iterator[dict[str, Any]]:
+    for line in sys.stdin:
+        yield json.loads(line)
+
+
+def main() -> None:
+    name, problem, folder, threads, clock = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    # What a peer prints must not stand between the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    worker = WORKERS[name](peers_problems.load(Path(folder), problem), CLOCKS[clock])
+    for request in _requests():
+        try:
+            reply = answer(worker, request)
+        except Exception as error:  # noqa: BLE001  (a peer may raise anything; the table says what)
+            reply = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        print(json.dumps(reply), file=answers)
+
+
+if __name__ == "__main__":
+    main()
