@@ -91,6 +91,8 @@ def _how() -> list[click.Option]:
              help="The most examples in one pass; fewer need less memory. [default: the batches as they come]"),
         Flag("--products", group=HOW, type=click.Choice(["auto", "autodiff", "difference"]),
              help="How curvature products are made. [default: auto]"),
+        Flag("--kernels", group=HOW, type=click.Choice(["auto", "none"]),
+             help="Cheaper kernels for products where they are exact. [default: auto]"),
     ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ DEFAULT_NAME = "digits_mlp"
 # flags that say something about a model which --problem or the embedded default brings along
 _OF_A_MODEL = ("model_arg", "checkpoint", "trust_checkpoint", "data", "data_arg", "loss", "loss_arg",
                "forward", "output", "target", "weight", "reduction")  # fmt: skip
-_OF_A_PROBLEM = ("parameters", "mode", "device", "dtype", "microbatch", "products")
+_OF_A_PROBLEM = ("parameters", "mode", "device", "dtype", "microbatch", "products", "kernels")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -167,7 +167,8 @@ class Request:
 
         _check_device(self.options["device"])
         keywords = {
-            name: self.options[name] for name in ("reduction", "mode", "device", "microbatch", "products")
+            name: self.options[name]
+            for name in ("reduction", "mode", "device", "microbatch", "products", "kernels")
         }
         patterns = [part.strip() for text in self.options["parameters"] for part in text.split(",")]
         keywords["parameters"] = [pattern for pattern in patterns if pattern] or None

@@ -64,7 +64,7 @@ def linear_pullbacks() -> Iterator[None]:
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0917  (autograd calls it by position)
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, value: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -98,7 +98,7 @@ class _Slopes(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0917
+    def forward(
         ctx: Any,
         slope: Tensor,
         x: Tensor,

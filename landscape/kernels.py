@@ -187,7 +187,7 @@ class _Routing(TorchFunctionMode):
     ) -> Any:
         return self._handlers.get(func, func)(*args, **(kwargs or {}))
 
-    def _convolution(  # noqa: PLR0917  (PyTorch's signature)
+    def _convolution(
         self,
         function: Any,
         dimensions: int,
@@ -212,7 +212,7 @@ class _Routing(TorchFunctionMode):
         self._last = _Made.of(output, (padded, weight, bias), settings)
         return output
 
-    def _norm(  # noqa: PLR0917
+    def _norm(
         self,
         input: Tensor,  # noqa: A002
         running_mean: Tensor | None,

@@ -19,7 +19,7 @@ from landscape import checks, products, vectors
 from landscape.batches import Batches
 from landscape.errors import Refused
 from landscape.evaluator import Evaluator
-from landscape.kernels import Kernels, active, choose, layout_failed
+from landscape.kernels import NONE, Kernels, active, choose, layout_failed
 
 Reduction = Literal["mean", "sum"]
 Mode = Literal["eval", "train"]
@@ -78,8 +78,8 @@ class Problem:
         products: how curvature products are made: "autodiff" (reverse over reverse), "difference"
             (central differences of gradients, for layers without a right second derivative), or "auto":
             `check()` decides.
-        kernels: what makes products cheaper (default: all that is exact on this machine). Attribute
-            `kernels` says what is on.
+        kernels: "auto" makes products with all cheaper kernels that are exact on this machine, "none" with
+            PyTorch's own; or a choice of `landscape.kernels.Kernels`. Attribute `kernels` says what is on.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit; the message says what is allowed.
@@ -102,7 +102,7 @@ class Problem:
         dtype: torch.dtype | None = None,
         microbatch: int | None = None,
         products: Products = "auto",
-        kernels: Kernels | None = None,
+        kernels: Literal["auto", "none"] | Kernels = "auto",
     ):
         self._arguments = {k: v for k, v in locals().items() if k not in {"self", "__class__"}}
         _validate(**self._arguments)
@@ -117,7 +117,8 @@ class Problem:
         first = next(iter(self._own.values()))
         self.device = torch.device(device) if device is not None else first.device
         self.dtype = dtype or torch.promote_types(first.dtype, torch.float32)
-        self.kernels = choose(self.device, self.dtype) if kernels is None else kernels
+        given = {"auto": choose(self.device, self.dtype), "none": NONE}
+        self.kernels = given[kernels] if isinstance(kernels, str) else kernels
         self.batches = Batches(data, self.device, self.dtype)
         self.evaluator = Evaluator(
             model=module, loss=loss, forward=forward, output=output, target=target, weight=weight,
@@ -534,8 +535,9 @@ def _validate(**arguments: Any) -> None:
         ("reduction", ("mean", "sum")),
         ("mode", ("eval", "train")),
         ("products", ("auto", "autodiff", "difference")),
+        ("kernels", ("auto", "none")),
     ):
-        if arguments[name] not in allowed:
+        if arguments[name] not in allowed and not isinstance(arguments[name], Kernels):
             raise ValueError(f"{name} is {arguments[name]!r}; allowed is {' or '.join(map(repr, allowed))}")
     if arguments["microbatch"] is not None and arguments["microbatch"] < 1:
         raise ValueError(f"microbatch is {arguments['microbatch']}; allowed is a number of examples >= 1")
