@@ -117,8 +117,8 @@ class Problem:
         first = next(iter(self._own.values()))
         self.device = torch.device(device) if device is not None else first.device
         self.dtype = dtype or torch.promote_types(first.dtype, torch.float32)
-        given = {"auto": choose(self.device, self.dtype), "none": NONE}
-        self.kernels = given[kernels] if isinstance(kernels, str) else kernels
+        # Chosen at the first product: the probe takes longer than many a measurement without products.
+        self._kernels: list[Kernels] = [] if kernels == "auto" else [NONE if kernels == "none" else kernels]
         self.batches = Batches(data, self.device, self.dtype)
         self.evaluator = Evaluator(
             model=module, loss=loss, forward=forward, output=output, target=target, weight=weight,
@@ -142,6 +142,18 @@ class Problem:
     def names(self) -> list[str]:
         """The names of the measured parameter tensors, in the order of the flat vector."""
         return self.space.names
+
+    @property
+    def kernels(self) -> Kernels:
+        """What makes products cheaper."""
+        if not self._kernels:
+            self._kernels.append(choose(self.device, self.dtype))
+        return self._kernels[0]
+
+    @property
+    def kernels_in_use(self) -> dict[str, Any] | None:
+        """The kernels as plain values, None as long as no product was made."""
+        return self._kernels[0].as_dict() if self._kernels else None
 
     def parameters_vector(self) -> Tensor:
         """θ as one vector (n,), the order of `torch.nn.utils.parameters_to_vector`."""
@@ -388,7 +400,7 @@ class Problem:
         except RuntimeError as failure:
             if not (self.kernels.channels_last and layout_failed(failure)):
                 raise
-            self.kernels = dataclasses.replace(self.kernels, channels_last=False)
+            self._kernels[:] = [dataclasses.replace(self.kernels, channels_last=False)]
             return self._summed(V, by_autodiff, differences)
 
     def _summed(self, V: Tensor, made: Callable[..., Iterator[products.Optional]], flat: bool) -> Tensor:

@@ -266,7 +266,6 @@ def _provenance(metric: Metric, problem: Problem) -> dict[str, Any]:
         "world_size": 1,
         "headline": metric.headline,
         "unit": metric.unit,
-        "kernels": problem.kernels.as_dict(),
         "citation": metric.citation,
         "parameter_ranges": {name: list(span) for name, span in problem.space.ranges.items()},
     }

@@ -331,6 +331,7 @@ class _charged:  # noqa: N801  (reads as a verb where it is used)
     def __exit__(self, *error: object) -> None:
         if error[0] is not None:
             return
+        self.record.attrs["kernels"] = self.problem.kernels_in_use
         spent = {key: getattr(self.problem.cost, key) - count for key, count in vars(self.before).items()}
         seconds = time.perf_counter() - self.began
         for key, spent_now in {**spent, "wall_seconds": seconds}.items():
