@@ -6,6 +6,7 @@ python figures/trace.py [--out figures/trace.png]
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import landscape
@@ -20,14 +21,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".png"))
     arguments = parser.parse_args()
     model, loss, batches, _ = testbeds.load_default()
-    run = arguments.out.with_suffix(".h5")
-    landscape.measure(
-        landscape.metrics.Trace(method="hutchinson", rtol=0.01),
-        landscape.Problem(model, loss, batches),
-        out=run,
-    )
-    plots.plot(run, arguments.out)
-    run.unlink()
+    metric = landscape.metrics.Trace(method="hutchinson", rtol=0.01)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "digits_mlp"  # the picture's title names the run
+        landscape.measure(metric, landscape.Problem(model, loss, batches), out=run)
+        plots.plot(run / "trace.h5", arguments.out)
 
 
 if __name__ == "__main__":

@@ -322,8 +322,11 @@ def test_another_measurement_is_refused_and_named(
 def test_the_file_says_what_was_measured(tmp_path: Path) -> None:
     ds = landscape.measure(Trace(), small_problem(), out=tmp_path / "x.h5")
     stored = landscape.open(tmp_path / "x.h5")
-    for key in ("metric", "configuration", "seed", "parameters_fingerprint", "data_fingerprint", "torch_version",
-                "device", "dtype", "threads", "products", "kernels", "check", "citation", "time", "command"):  # fmt: skip
+    told = (
+        "metric configuration seed parameters_fingerprint data_fingerprint torch_version device dtype threads "
+        "products kernels check citation time command"
+    )
+    for key in told.split():
         assert stored.attrs[key] == ds.attrs[key]
     assert stored.attrs["parameter_ranges"]["0.bias"] == [48, 56]
     assert stored.attrs["check"]["product_error"] < 1e-6
