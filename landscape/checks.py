@@ -144,7 +144,7 @@ def _name_the_bad_batch(problem: Problem) -> None:
             if problem.evaluator.weigh(piece) > 0 and not math.isfinite(problem.sums([piece])[0]):
                 bad = [
                     name
-                    for name, p in zip(problem.names, problem._leaves(), strict=True)
+                    for name, p in zip(problem.names, problem.leaves(), strict=True)
                     if not p.isfinite().all()
                 ]
                 inputs = all(t.isfinite().all() for t in batching.tensors(piece) if t.is_floating_point())

@@ -114,7 +114,7 @@ def columns(problem: Problem) -> int:
     problem.require_outputs("the exact trace of the generalized Gauss-Newton matrix")
     with problem.session():
         piece, weight = _few(problem, next(iter(problem.evaluator.pieces(problem.batches)))[0])
-        with problem._filled(problem._leaves()):
+        with problem.filled(problem.leaves()):
             outputs = _outputs(problem, piece, _examples(piece))
             return _columns_of(problem, outputs, piece, weight).count if outputs.heads else 0
 
@@ -143,8 +143,8 @@ def sampled(problem: Problem, generators: Sequence[torch.Generator]) -> np.ndarr
     with problem.session():
         for piece, weight in problem.evaluator.pieces(problem.batches):
             weights += weight
-            leaves = problem._leaves()
-            with problem._filled(leaves):
+            leaves = problem.leaves()
+            with problem.filled(leaves):
                 outputs = _outputs(problem, piece, _examples(piece))
                 if not outputs.heads:
                     continue
@@ -219,8 +219,8 @@ class _Exact:
     def _tested(self, piece: Any) -> int:
         """Test examples and rules on a few examples; return the bytes that an example's columns take."""
         count = _examples(piece)
-        leaves = self.problem._leaves()
-        with self.problem._filled(leaves):
+        leaves = self.problem.leaves()
+        with self.problem.filled(leaves):
             capture = Capture(leaves, count)
             with capture.watching():
                 outputs = _outputs(self.problem, piece, count)
@@ -262,8 +262,8 @@ class _Exact:
 
     def _piece(self, piece: Any, weight: float) -> None:
         count = _examples(piece)
-        leaves = self.problem._leaves()
-        with self.problem._filled(leaves):
+        leaves = self.problem.leaves()
+        with self.problem.filled(leaves):
             capture = Capture(leaves, count if self.apart else 1)
             with capture.watching():
                 outputs = _outputs(self.problem, piece, count if self.apart else 1)

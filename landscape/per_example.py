@@ -63,11 +63,11 @@ class PerExample:
 
     def _one(self, piece: Any, chosen: Sequence[int], heads: Sequence[int], cotangents: Tensor) -> Tensor:
         """One example by plain autograd, (parameters, K)."""
-        leaves = self.problem._leaves()
+        leaves = self.problem.leaves()
         for index, leaf in enumerate(leaves):
             leaf.requires_grad_(index in chosen)
         wanted = [leaves[i] for i in chosen]
-        with self.problem._filled(leaves):
+        with self.problem.filled(leaves):
             nest = batching.tensors(self.problem.evaluator.outputs(piece))
             outputs = torch.cat([nest[i].reshape(-1) for i in heads])
         found = cotangents.new_zeros(len(chosen), len(cotangents))
@@ -84,7 +84,7 @@ class PerExample:
         self, pieces: Sequence[Any], chosen: Sequence[int], heads: Sequence[int], cotangents: Tensor
     ) -> Tensor:
         """All examples at once, as far as the memory goes."""
-        fixed = [leaf.detach() for leaf in self.problem._leaves()]
+        fixed = [leaf.detach() for leaf in self.problem.leaves()]
         wanted = [fixed[i] for i in chosen]
         parts = [batching.tensors(piece) for piece in pieces]
         rows = [torch.stack(column) for column in zip(*parts, strict=True)]  # each with one row per example
@@ -95,7 +95,7 @@ class PerExample:
                 for index, tensor in zip(chosen, inserted, strict=True):
                     held[index] = tensor
                 rest = iter(example)
-                with self.problem._filled(held):
+                with self.problem.filled(held):
                     nest = self.problem.evaluator.outputs(batching.tree_map(lambda _: next(rest), pieces[0]))
                 found = batching.tensors(nest)
                 return torch.cat([found[i].reshape(-1) for i in heads])

@@ -157,7 +157,7 @@ class Problem:
 
     def parameters_vector(self) -> Tensor:
         """θ as one vector (n,), the order of `torch.nn.utils.parameters_to_vector`."""
-        return self.space.flatten(leaf.detach() for leaf in self._leaves())
+        return self.space.flatten(leaf.detach() for leaf in self.leaves())
 
     def value(self) -> Tensor:
         """L(θ), a 0-d float64 tensor."""
@@ -205,9 +205,9 @@ class Problem:
         self.cost.values += 1
         found: list[Tensor] = []
         with self.evaluator.session(), torch.no_grad():
-            leaves = self._leaves()
+            leaves = self.leaves()
             for piece in self.evaluator.cut(self.batches):
-                with self._filled(leaves):
+                with self.filled(leaves):
                     outputs, target = self.evaluator.outputs(piece), self.evaluator.target_of(piece)
                     for i in range(batching.examples(target)):
                         one = batching.cut(outputs, i, i + 1), batching.cut(target, i, i + 1)
@@ -343,7 +343,7 @@ class Problem:
         given = {f"model.{name}": t for name, t in self._buffers.items()}
         constants = {**slots.tensors, **slots.buffers, **given}
         digest = batching.new_digest(str(list(self.space.ranges.items())))
-        batching.update(digest, [leaf.detach() for leaf in self._leaves()])
+        batching.update(digest, [leaf.detach() for leaf in self.leaves()])
         measured = {f"model.{name}" for name in self.names}
         batching.update(digest, [t for name, t in sorted(constants.items()) if name not in measured])
         return str(digest.hexdigest())
@@ -363,7 +363,7 @@ class Problem:
 
         A loss that depends on one of the latter has bypassed its substitute.
         """
-        with self._filled(self._leaves()):
+        with self.filled(self.leaves()):
             loss = self.evaluator.loss_of(piece)
         own = {name: p for name, p in self.evaluator.slots.tensors.items() if p.requires_grad}
         return loss, {name.removeprefix("model."): p for name, p in own.items()}
@@ -384,7 +384,7 @@ class Problem:
 
     def sums(self, data: Any) -> tuple[float, float]:
         """The sum of all terms of these batches and the sum of their weights, in float64."""
-        return self.evaluator.sums(data, self._named(self._leaves()), self._buffers)
+        return self.evaluator.sums(data, self._named(self.leaves()), self._buffers)
 
     def _products(self, V: Tensor, ggn: bool) -> Tensor:
         by_difference = self._ggn_difference if ggn else self._hessian_difference
@@ -438,18 +438,18 @@ class Problem:
         return (total.div_(weights) if weights != 1 else total).to(self.dtype)
 
     def _gradient_piece(self, piece: Any) -> Iterator[products.Optional]:
-        leaves = self._leaves()
-        with self._filled(leaves):
+        leaves = self.leaves()
+        with self.filled(leaves):
             yield products.gradient(self.evaluator.loss_of(piece), leaves)
 
     def _hessian_piece(self, piece: Any, rows: Sequence[products.Pieces]) -> Iterator[products.Optional]:
-        leaves = self._leaves()
-        with self._filled(leaves):
+        leaves = self.leaves()
+        with self.filled(leaves):
             yield from products.hessian_products(self.evaluator.loss_of(piece), leaves, rows)
 
     def _ggn_piece(self, piece: Any, rows: Sequence[products.Pieces]) -> Iterator[products.Optional]:
-        leaves = self._leaves()
-        with self._filled(leaves):
+        leaves = self.leaves()
+        with self.filled(leaves):
             outputs = self.evaluator.outputs(piece)
             yield from products.ggn_products(outputs, self._ending(piece), leaves, rows)
 
@@ -458,8 +458,8 @@ class Problem:
             step = self._difference_step(row)
             slopes = []
             for sign in (1, -1):
-                leaves = self._leaves(displacement=row * (sign * step))
-                with self._filled(leaves):
+                leaves = self.leaves(displacement=row * (sign * step))
+                with self.filled(leaves):
                     slopes.append(products.gradient(self.evaluator.loss_of(piece), leaves))
             yield [
                 None if up is None or down is None else (up - down) / (2 * step)
@@ -467,14 +467,14 @@ class Problem:
             ]
 
     def _ggn_difference(self, piece: Any, rows: Tensor) -> Iterator[products.Optional]:
-        leaves = self._leaves()
+        leaves = self.leaves()
         for row in rows:
             step = self._difference_step(row)
             moved = []
             for sign in (1, -1):
-                with torch.no_grad(), self._filled(self._leaves(displacement=row * (sign * step))):
+                with torch.no_grad(), self.filled(self.leaves(displacement=row * (sign * step))):
                     moved.append(batching.tensors(self.evaluator.outputs(piece)))
-            with self._filled(leaves):
+            with self.filled(leaves):
                 outputs = self.evaluator.outputs(piece)
                 wanted = [t.requires_grad for t in batching.tensors(outputs)]
                 pushed = [
@@ -486,7 +486,7 @@ class Problem:
         """The factor h of θ ± h v: ‖h v‖ = eps^(1/3) (1 + ‖θ‖), whatever the length of v."""
         length = float(row.norm())
         relative = self._step if self._step is not None else torch.finfo(self.dtype).eps ** _STEP_EXPONENT
-        theta = math.sqrt(sum(float(leaf.detach().norm()) ** 2 for leaf in self._leaves()))
+        theta = math.sqrt(sum(float(leaf.detach().norm()) ** 2 for leaf in self.leaves()))
         return relative * (1 + theta) / length if length > 0 else 1.0
 
     def _ending(self, piece: Any) -> Callable[[Any], Tensor]:
@@ -494,7 +494,7 @@ class Problem:
         target = self.evaluator.target_of(piece)
         return lambda outputs: self.evaluator.loss_from(outputs, target)
 
-    def _leaves(self, displacement: Tensor | None = None) -> list[Tensor]:
+    def leaves(self, displacement: Tensor | None = None) -> list[Tensor]:
         """θ (+ displacement) as fresh leaves that require grad, without a copy where none is needed."""
         if self._vector is not None:
             held = self.space.split(self._vector)
@@ -505,7 +505,8 @@ class Problem:
         # Parameters, not tensors: some modules look themselves up by get_parameter.
         return [nn.Parameter(p.detach()) for p in held]
 
-    def _filled(self, leaves: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+    def filled(self, leaves: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Let the model compute with these tensors as its parameters."""
         return self.evaluator.filled(self._named(leaves), self._buffers)
 
     def _named(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Writing may take this share of the time (the file is rewritten whole).
 _WRITING_SHARE = 0.05
+# Exit codes of the command line, written into the run too: some launchers lose them.
+_TOLERANCE_MISSED, _INTERRUPTED = 4, 130
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def measure(
             f"{path} was measured with {record.attrs['products']} products, now they are made by {made_by}; "
             "measure under another name with out=..., or start anew with overwrite"
         )
-    record.attrs["complete"] = False
+    record.attrs.update(complete=False, exit_code=None)
     journal = _Journal(metric, path, identity, progress)
     try:
         evaluate(
@@ -135,11 +137,15 @@ class _Journal(Journal):
 
     def commit(self, record: Record, *, final: bool = False) -> None:
         self.unwritten = True
+        if final:
+            missed = "converged" in record and not bool(record["converged"])
+            record.attrs["exit_code"] = _TOLERANCE_MISSED if missed else 0
         if self.path is not None and (final or self.spacing.due()):
             self._write(record)
 
     def keep(self, record: Record) -> None:
         """Write what is done, on the way out."""
+        record.attrs["exit_code"] = _INTERRUPTED
         if self.path is not None and self.unwritten and "block_size" in record.attrs:
             self._write(record)
 

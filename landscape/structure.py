@@ -105,8 +105,8 @@ def multilinear(problem: Problem) -> Verdict:
     problem.require_outputs("the structure of the network")
     with problem.session(), problem.evaluator.twice_differentiable():
         piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
-        leaves = problem._leaves()
-        with problem._filled(leaves):
+        leaves = problem.leaves()
+        with problem.filled(leaves):
             outputs = problem.evaluator.outputs(_first(piece, _CHOSEN))
         heads = [t.grad_fn for t in batching.tensors(outputs) if t.grad_fn is not None]
         return _walk(heads, {id(leaf): i for i, leaf in enumerate(leaves)}, problem.names)
@@ -222,7 +222,7 @@ def _count(piece: Any) -> int:
 def _steepest(small: Problem, piece: Any) -> Any:
     """The examples whose loss has the largest slope in their outputs."""
     count = _count(piece)
-    with torch.no_grad(), small._filled(small._leaves()):
+    with torch.no_grad(), small.filled(small.leaves()):
         outputs = small.evaluator.outputs(piece)
     with torch.enable_grad():
         detached, slopes = _slopes(small, outputs, piece)
@@ -253,8 +253,8 @@ def _forms(small: Problem, piece: Any, seed: int) -> tuple[np.ndarray, np.ndarra
     """vᵀRv and vᵀGv for each parameter tensor, from one graph: derivatives of Jᵀu with respect to θ and to u."""
     count = len(small.names)
     residual, curvature = np.zeros(count), np.zeros(count)
-    leaves = small._leaves()
-    with small._filled(leaves):
+    leaves = small.leaves()
+    with small.filled(leaves):
         outputs = small.evaluator.outputs(piece)
         detached, slopes = _slopes(small, outputs, piece)
     floating = [t for t in batching.tensors(outputs) if t.is_floating_point()]

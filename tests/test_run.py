@@ -200,9 +200,11 @@ def test_interrupted_runs_end_as_uninterrupted_ones(metric: Metric, tmp_path: Pa
         try:
             resumed = landscape.measure(metric, small_problem(), out=tmp_path / "cut", progress=stop)
         except KeyboardInterrupt:
+            assert landscape.open(tmp_path / "cut" / f"{metric.name}.h5").attrs["exit_code"] == 130
             continue
         break
     assert attempt > 0
+    assert resumed.attrs["exit_code"] == whole.attrs["exit_code"] == (4 if metric == METRICS[2] else 0)
     assert same(whole, resumed)
     assert same(whole, landscape.open(tmp_path / "cut" / f"{metric.name}.h5"))
 
