@@ -37,6 +37,15 @@ _EXAMPLES_PER_PROBE = 64
 
 
 @dataclass(frozen=True)
+class _Way:
+    """How a trace is made, why so, and how many passes it takes where that is known beforehand."""
+
+    way: str
+    reason: str
+    columns: int = 0
+
+
+@dataclass(frozen=True)
 class Trace(Metric):
     """Trace of the Hessian or of the Gauss-Newton matrix, per parameter tensor too, with standard errors.
 
@@ -83,7 +92,8 @@ class Trace(Metric):
         """Choose the way from shapes and the network's graph, and name the parameter tensors."""
         names = np.array(problem.names)
         sizes = np.array(problem.space.sizes)
-        way, reason = self._way(problem, seed)
+        chosen = self._way(problem, seed)
+        way = chosen.way
         return Record(
             {
                 "layer": Variable(("layer",), names, long_name="parameter tensor"),
@@ -92,11 +102,11 @@ class Trace(Metric):
             {
                 "method": _METHODS.get(way, self.method),
                 "way": way,
-                "reason": reason,
+                "reason": chosen.reason,
                 "parameters": problem.size,
                 "counted": _COUNTED.get(way, "probes"),
                 "batches": sum(1 for _ in problem.batches) if way == "layers" else None,
-                "columns": ggn_trace.columns(problem) if way == "layers" else None,
+                "columns": chosen.columns if way == "layers" else None,
             },
         )
 
@@ -192,51 +202,49 @@ class Trace(Metric):
 
     def outlook(self, problem: Problem) -> tuple[int, int]:
         """Predict the passes: columns or n for exact, else from the first round to max_probes."""
-        way, _ = self._way(problem, None)
-        if way in {"layers", "unit_vectors"}:
-            count = ggn_trace.columns(problem) if way == "layers" else problem.size
+        chosen = self._way(problem, None)
+        if chosen.way in {"layers", "unit_vectors"}:
+            count = chosen.columns if chosen.way == "layers" else problem.size
             return count, count
-        first = _FIRST_ROUND if way != "estimates" else _products_per_unit(way, problem.size)
+        first = _FIRST_ROUND if chosen.way != "estimates" else _products_per_unit(chosen.way, problem.size)
         return min(first, self.max_probes), self.max_probes
 
-    def _way(self, problem: Problem, seed: int | None) -> tuple[str, str]:
-        """Return the way to the trace and why; without a seed, networks are recognised but not verified."""
+    def _way(self, problem: Problem, seed: int | None) -> _Way:
+        """Choose the way to the trace; without a seed, networks are recognised but not verified."""
         if self.method in {"hutchpp", "xtrace"}:
-            return "estimates", "asked for"
-        reason = "asked for"
-        if self.method != "hutchinson":
-            obstacle = self._obstacle(problem, seed)
-            if not obstacle:
-                return "layers", "per-example gradient norms give the trace exactly"
-            if self.method == "exact" or problem.size <= self.max_probes:
-                return "unit_vectors", obstacle
-            reason = obstacle
+            return _Way("estimates", "asked for")
+        columns, obstacle = (0, "asked for") if self.method == "hutchinson" else self._columns(problem, seed)
+        if not obstacle:
+            return _Way("layers", "per-example gradient norms give the trace exactly", columns)
+        if self.method == "exact" or (self.method == "auto" and problem.size <= self.max_probes):
+            return _Way("unit_vectors", obstacle)
         if self.frobenius:
-            return "shared_probes", reason
+            return _Way("shared_probes", obstacle)
         if self.curvature == "ggn" and _sampled_works(problem):
-            return "output_probes", reason
-        return "probes", reason
+            return _Way("output_probes", obstacle)
+        return _Way("probes", obstacle)
 
-    def _obstacle(self, problem: Problem, seed: int | None) -> str:
-        """What stands against per-example gradient norms; empty if nothing does."""
+    def _columns(self, problem: Problem, seed: int | None) -> tuple[int, str]:
+        """Passes that per-example gradient norms take, and what stands against them; empty if nothing does."""
         if self.frobenius:
-            return "the Frobenius norm needs products"
+            return 0, "the Frobenius norm needs products"
         if not problem.evaluator.has_outputs:
-            return "forward= hides the outputs"
+            return 0, "forward= hides the outputs"
         try:
             columns = ggn_trace.columns(problem)
         except Refused as refusal:
-            return str(refusal)
+            return 0, str(refusal)
         if columns > self.max_probes:
-            return f"it would take {columns} passes, more than max_probes = {self.max_probes}"
+            return columns, f"it would take {columns} passes, more than max_probes = {self.max_probes}"
         if self.curvature == "ggn":
-            return ""
+            return columns, ""
         verdict = structure.multilinear(problem)
         if not verdict.recognized:
-            return f"tr H is not tr G: {verdict.reason}"
-        if seed is not None and not (found := structure.verify(problem, seed=seed)).passed:
-            return f"tr H = tr G was recognised but not confirmed: vᵀRv/vᵀGv up to {found.worst:.1e}, {found.failed[0]}"
-        return ""
+            return columns, f"tr H is not tr G: {verdict.reason}"
+        if seed is None or (found := structure.verify(problem, seed=seed)).passed:
+            return columns, ""
+        off = f"vᵀRv/vᵀGv up to {found.worst:.1e}, {found.failed[0]}"
+        return columns, f"tr H = tr G was recognised but not confirmed: {off}"
 
     def _converged(self, value: float, error: float) -> bool:
         return bool(error <= self.rtol * abs(value))
