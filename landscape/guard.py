@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 
 class Slots:
@@ -87,6 +89,7 @@ def twice_differentiable(recurrent_on_gpu: bool) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_PlainBinaryCrossEntropy())
         if recurrent_on_gpu:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         fast = torch.backends.mha.get_fastpath_enabled()
@@ -95,6 +98,33 @@ def twice_differentiable(recurrent_on_gpu: bool) -> Iterator[None]:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class _PlainBinaryCrossEntropy(TorchFunctionMode):
+    """Answers binary cross-entropy of probabilities by its formula.
+
+    PyTorch's own second derivative adds 1e-12 to p(1 - p), which shows in float64.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = _binary_cross_entropy if func is F.binary_cross_entropy else func
+        return answer(*args, **(kwargs or {}))
+
+
+def _binary_cross_entropy(
+    input: Tensor,  # noqa: A002  (PyTorch's name)
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    ends = bool(((input <= 0) | (input >= 1)).any())  # where the formula has no derivative
+    if ends or size_average is not None or reduce is not None or input.shape != target.shape:
+        return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
+    terms = -(target * input.log().clamp(min=-100) + (1 - target) * (-input).log1p().clamp(min=-100))
+    terms = terms if weight is None else terms * weight
+    return {"mean": terms.mean, "sum": terms.sum}.get(reduction, lambda: terms)()
 
 
 @contextmanager

@@ -307,6 +307,18 @@ def test_targets_that_are_no_tensor_are_refused() -> None:
         pairs.targets()
 
 
+def test_saturated_probabilities_do_not_break_binary_cross_entropy() -> None:
+    p = torch.tensor([[0.0, 0.3], [1.0, 0.6]])
+    box = landscape.Problem(
+        lambda q, x: p + 0 * x + 0.1 * torch.tanh(q["w"]) * torch.tensor([[0.0, 1.0], [0.0, 1.0]]),
+        nn.BCELoss(), [(torch.zeros(2, 2), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))],
+        parameters={"w": torch.full((2,), 0.2)}, products="autodiff",
+    )  # fmt: skip
+    H = box.hvp(torch.eye(2))
+    assert H.isfinite().all()
+    assert float((H - dense_hessian(box)).norm()) < 1e-5
+
+
 # --- outputs are needed -----------------------------------------------------------------------------
 
 
