@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CACHE_BYTES = (
-    1 << 30
-)  # batches that fit are kept, so that a loader's work is done once and not once a product
+# Batches that fit are kept, so that a loader's work is done once and not once a product.
+CACHE_BYTES = 1 << 30
 
 
 class Batches:
@@ -59,7 +58,9 @@ class Batches:
         for batch in self.fresh():
             if kept is not None:
                 size += sum(t.numel() * t.element_size() for t in tensors(batch))
-                kept = [*kept, batch] if size <= CACHE_BYTES else None
+                kept.append(batch)
+                if size > CACHE_BYTES:
+                    kept = None
             yield batch
         self._kept = kept
 
@@ -79,11 +80,6 @@ class Batches:
     def to(self, device: torch.device, dtype: torch.dtype) -> Batches:
         """Return the same data on another device or in another dtype."""
         return self if (device, dtype) == (self.device, self.dtype) else Batches(self.data, device, dtype)
-
-    @property
-    def count(self) -> int | None:
-        """The number of batches, where the data says it."""
-        return len(self.data) if isinstance(self.data, Sized) else None
 
     def _move(self, t: Tensor) -> Tensor:
         return t.to(self.device, self.dtype if t.is_floating_point() else t.dtype)
@@ -140,10 +136,17 @@ def cut(tree: Any, start: int, stop: int) -> Any:
 def fingerprint(batches: Iterable[Any]) -> str:
     """Hash the batches as yielded, their cut included; 16 hexadecimal digits."""
     digest = new_digest("")
+    for _ in hashed(batches, digest):
+        pass
+    return str(digest.hexdigest())
+
+
+def hashed(batches: Iterable[Any], digest: Any) -> Iterator[Any]:
+    """Yield the batches and add each, with where it ends, to a hash."""
     for batch in batches:
         update(digest, tensors(batch))
         digest.update(b"|")
-    return str(digest.hexdigest())
+        yield batch
 
 
 def new_digest(text: str) -> Any:

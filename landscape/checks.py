@@ -127,14 +127,7 @@ def _determinism(problem: Problem) -> tuple[float, float, str]:
 
 def _losses_and_fingerprint(problem: Problem) -> tuple[float, str]:
     seen = batching.new_digest("")
-
-    def watched() -> Any:
-        for batch in problem.batches.fresh():
-            batching.update(seen, batching.tensors(batch))
-            seen.update(b"|")
-            yield batch
-
-    total, weights = problem.sums(watched())
+    total, weights = problem.sums(batching.hashed(problem.batches.fresh(), seen))
     return total / weights, seen.hexdigest()
 
 

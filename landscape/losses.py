@@ -14,8 +14,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Weight = Callable[[Any], float]
-
 # A class-index loss divides by the number of valid targets (or their summed class weights) ...
 _INDEXED = {"cross_entropy", "nll_loss"}
 # ... these divide by the number of elements of the target ...

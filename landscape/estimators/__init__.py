@@ -1,7 +1,8 @@
 """Matrix-free numerics: they know of an operator only its shape, dtype, device and `@`."""
 
 from landscape.estimators.hutchinson import HutchinsonResult, hutchinson
-from landscape.estimators.hutchpp import HutchppResult, hutchpp
-from landscape.estimators.xtrace import XtraceResult, xtrace
+from landscape.estimators.hutchpp import hutchpp
+from landscape.estimators.probes import TraceEstimate
+from landscape.estimators.xtrace import xtrace
 
-__all__ = ["HutchinsonResult", "HutchppResult", "XtraceResult", "hutchinson", "hutchpp", "xtrace"]
+__all__ = ["HutchinsonResult", "TraceEstimate", "hutchinson", "hutchpp", "xtrace"]

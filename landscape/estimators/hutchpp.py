@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
 from landscape.estimators.calibration import block_moments, calibrated_stderr
-from landscape.estimators.probes import Operator, draw, exact_trace, inner, order, probe_gram, rounding
+from landscape.estimators.probes import (
+    Operator,
+    TraceEstimate,
+    draw,
+    exact_trace,
+    inner,
+    order,
+    probe_gram,
+    rounding,
+)
 from landscape.seeds import generator
 
 _LEAST_PROBES = 6
 
 
-@dataclass(frozen=True)
-class HutchppResult:
-    """An estimated trace; `value` ± 1.96 `stderr` covers the truth in 95 % of seeds.
-
-    Attributes:
-        value: the estimate, in the unit of A.
-        stderr: calibrated standard error, same unit; 0 where the trace was formed exactly.
-        matvecs: products with A that were spent.
-    """
-
-    value: float
-    stderr: float
-    matvecs: int
-
-
-def hutchpp(A: Operator, matvecs: int = 60, seed: int = 0) -> HutchppResult:
+def hutchpp(A: Operator, matvecs: int = 60, seed: int = 0) -> TraceEstimate:
     """Estimate tr A by Hutch++: tr(QᵀAQ) + mean of gᵀPAPg, with Q = orth(AS), P = I - QQᵀ, signs S and g.
 
     ⌊matvecs/3⌋ products make the sketch AS and as many AQ; all others go to the probes g, so that any
@@ -57,7 +50,7 @@ def hutchpp(A: Operator, matvecs: int = 60, seed: int = 0) -> HutchppResult:
     if matvecs < 4:
         raise ValueError(f"matvecs = {matvecs}; Hutch++ needs at least 4 (12 or more are usual)")
     if matvecs >= n:
-        return HutchppResult(exact_trace(A, n), 0.0, n)
+        return TraceEstimate(exact_trace(A, n), 0.0, n)
     sketch = max(1, min(matvecs // 3, (matvecs - _LEAST_PROBES) // 2))
     stream = generator(seed, "hutchpp", 0)
     S = draw(stream, n, sketch, dtype=A.dtype, device=A.device)
@@ -73,4 +66,4 @@ def hutchpp(A: Operator, matvecs: int = 60, seed: int = 0) -> HutchppResult:
     stderr = float(calibrated_stderr(samples, block_moments(gram), block=len(samples)))
     captured = float(inner(Q, AQ).trace())
     floor = max(math.sqrt(sketch) * rounding(Q, AQ), rounding(PG, APG))
-    return HutchppResult(captured + float(samples.mean()), math.hypot(stderr, floor), matvecs)
+    return TraceEstimate(captured + float(samples.mean()), math.hypot(stderr, floor), matvecs)

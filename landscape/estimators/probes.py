@@ -6,6 +6,7 @@ Probes are drawn on the CPU and then moved, so that every device sees the same o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import torch
@@ -13,6 +14,21 @@ from torch import Tensor
 
 DISTRIBUTIONS: Final = ("rademacher", "gaussian")
 _CHUNK: Final = 1 << 20  # elements of a float64 working copy: 8 MiB
+
+
+@dataclass(frozen=True)
+class TraceEstimate:
+    """An estimated trace; `value` ± 1.96 `stderr` covers the truth in 95 % of seeds.
+
+    Attributes:
+        value: the estimate, in the unit of A.
+        stderr: calibrated standard error, same unit; 0 where the trace was formed exactly.
+        matvecs: products with A that were spent.
+    """
+
+    value: float
+    stderr: float
+    matvecs: int
 
 
 class Operator(Protocol):

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from landscape.estimators.calibration import xtrace_stderr
-from landscape.estimators.probes import Operator, draw, exact_trace, inner, order, rounding
+from landscape.estimators.probes import Operator, TraceEstimate, draw, exact_trace, inner, order, rounding
 from landscape.seeds import generator
 
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class XtraceResult:
-    """An estimated trace; `value` ± 1.96 `stderr` covers the truth in 95 % of seeds.
-
-    Attributes:
-        value: the estimate, in the unit of A.
-        stderr: calibrated standard error, same unit; 0 where the trace was formed exactly.
-        matvecs: products with A that were spent.
-    """
-
-    value: float
-    stderr: float
-    matvecs: int
-
-
-def xtrace(A: Operator, matvecs: int = 60, seed: int = 0) -> XtraceResult:
+def xtrace(A: Operator, matvecs: int = 60, seed: int = 0) -> TraceEstimate:
     """Estimate tr A by XTrace with normalised ("improved") probes.
 
     k = ⌊matvecs/2⌋ probes ω_i of length √n, Y = AΩ. With Q_i an orthonormal basis of Y without column i
@@ -60,14 +43,14 @@ def xtrace(A: Operator, matvecs: int = 60, seed: int = 0) -> XtraceResult:
     if matvecs < 6:
         raise ValueError(f"matvecs = {matvecs}; XTrace needs at least 6 (12 or more are usual)")
     if matvecs >= n:
-        return XtraceResult(exact_trace(A, n), 0.0, n)
+        return TraceEstimate(exact_trace(A, n), 0.0, n)
     k = matvecs // 2
     normal = draw(generator(seed, "xtrace", 0), n, k, "gaussian", dtype=A.dtype, device=A.device)
     omega = normal * (n**0.5 / torch.linalg.vector_norm(normal, dim=0))
     Y = A @ omega
     floor = rounding(omega, Y)
     if floor == 0.0:
-        return XtraceResult(0.0, 0.0, 2 * k)
+        return TraceEstimate(0.0, 0.0, 2 * k)
     Q64, R = torch.linalg.qr(Y.double())
     Q = Q64.to(A.dtype)
     Z = A @ Q
@@ -75,7 +58,7 @@ def xtrace(A: Operator, matvecs: int = 60, seed: int = 0) -> XtraceResult:
     leave = _LeaveOut(n, R, inner(Q, Z), inner(Q, omega), inner(omega, omega))
     single = leave.one()
     stderr = xtrace_stderr(single, *leave.two(float(single.mean())))
-    return XtraceResult(float(single.mean()), float(np.hypot(stderr, floor)), 2 * k)
+    return TraceEstimate(float(single.mean()), float(np.hypot(stderr, floor)), 2 * k)
 
 
 class _LeaveOut:
