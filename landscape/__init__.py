@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from landscape.errors import Refused as Refused
     from landscape.errors import UnknownMetric as UnknownMetric
     from landscape.metrics.base import evaluate as evaluate
+    from landscape.operators import fisher as fisher
     from landscape.operators import ggn as ggn
     from landscape.operators import hessian as hessian
+    from landscape.operators import input_hessian as input_hessian
     from landscape.problem import Problem as Problem
     from landscape.results import ResultsError as ResultsError
     from landscape.results import open as open  # noqa: A004
@@ -29,8 +31,10 @@ _HOME = {
     "ResultsError": "results",
     "UnknownMetric": "errors",
     "evaluate": "metrics.base",
+    "fisher": "operators",
     "ggn": "operators",
     "hessian": "operators",
+    "input_hessian": "operators",
     "measure": "run",
     "open": "results",
 }

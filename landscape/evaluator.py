@@ -36,7 +36,7 @@ class Evaluator:
         dtype: torch.dtype,
         microbatch: int | None,
     ):
-        self.model, self._loss, self._forward, self._output, self._target = (
+        self.model, self.loss, self._forward, self._output, self._target = (
             model,
             loss,
             forward,
@@ -109,8 +109,8 @@ class Evaluator:
         Raises:
             Refused: if the loss is not one floating-point number.
         """
-        assert self._loss is not None
-        return _scalar(self._loss(outputs, target))
+        assert self.loss is not None
+        return _scalar(self.loss(outputs, target))
 
     def outputs(self, piece: Any) -> Any:
         """The model's outputs on a micro-batch."""
@@ -171,7 +171,7 @@ class Evaluator:
 
     def ignored(self) -> int:
         """The label that marks what has no target."""
-        return int(losses.describe(self._loss)[1].get("ignore_index", -100))
+        return int(losses.describe(self.loss)[1].get("ignore_index", -100))
 
     def sums(
         self, data: Any, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]

@@ -388,5 +388,5 @@ def _columns_of(
 ) -> Columns:
     evaluator = problem.evaluator
     target, scale = evaluator.target_of(piece), evaluator.scale(weight)
-    ending = Ending(evaluator.loss_from, evaluator._loss, target, scale)
+    ending = Ending(evaluator.loss_from, evaluator.loss, target, scale)
     return output_curvature.columns(outputs, ending, tested)

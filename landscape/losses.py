@@ -39,6 +39,10 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.GaussianNLLLoss: "gaussian_nll_loss",
 }
 
+_OPTIONS = ("reduction", "ignore_index", "weight", "label_smoothing", "pos_weight", "log_input")
+# Losses that are -log p(target) of an exponential family whose natural parameters are the outputs.
+_LIKELIHOODS = {"cross_entropy", "binary_cross_entropy_with_logits", "mse_loss", "poisson_nll_loss"}
+
 
 def derived_weight(loss: Any, reduction: str) -> Callable[[Tensor], float] | None:
     """Return the function target -> denominator of a known loss's mean, or None for an unknown loss.
@@ -76,8 +80,7 @@ def describe(loss: Any) -> tuple[str | None, dict[str, Any]]:
     """Return the functional name of a PyTorch loss and its options; (None, {}) for any other callable."""
     if isinstance(loss, nn.Module):
         name = _MODULES.get(type(loss))
-        known = {key: getattr(loss, key) for key in ("reduction", "ignore_index", "weight", "label_smoothing")
-                 if hasattr(loss, key)}  # fmt: skip
+        known = {key: getattr(loss, key) for key in _OPTIONS if hasattr(loss, key)}
         return name, known if name else {}
     options: dict[str, Any] = {}
     function: Any = loss
@@ -88,6 +91,20 @@ def describe(loss: Any) -> tuple[str | None, dict[str, Any]]:
     if getattr(F, name, None) != function or "reduction" not in inspect.signature(function).parameters:
         return None, {}
     return name, options
+
+
+def no_likelihood(loss: Any) -> str:
+    """Say why a loss is not the negative log-likelihood of natural parameters; empty if it is."""
+    name, options = describe(loss)
+    if name not in _LIKELIHOODS:
+        return f"this one is {name or 'not known to be one'}"
+    if options.get("weight") is not None or options.get("pos_weight") is not None:
+        return f"this {name} has weights"
+    if options.get("label_smoothing"):
+        return f"this {name} smooths its labels"
+    if not options.get("log_input", True):
+        return f"this {name} takes rates, not their logarithms"
+    return ""
 
 
 def _count_indexed(target: Tensor, ignore_index: int, weight: Tensor | None) -> float:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from landscape import inputs, losses
+from landscape.errors import Refused
 from landscape.problem import Problem
 
 if TYPE_CHECKING:
@@ -34,6 +36,66 @@ class Operator:
 
     def __matmul__(self, V: Tensor) -> Tensor:
         return self.product(V)
+
+    def __add__(self, other: Operator | float) -> Operator:
+        """A + B, or A + s I for a number s."""
+        if isinstance(other, Operator):
+            _require_alike(self, other)
+            return self._made(lambda V: self.product(V) + other.product(V))
+        return self._made(lambda V: self.product(V) + other * V)
+
+    def __sub__(self, other: Operator | float) -> Operator:
+        """A - B, or A - s I for a number s."""
+        return self + -1.0 * other
+
+    def __mul__(self, factor: float) -> Operator:
+        """Every entry times a number."""
+        return self._made(lambda V: factor * self.product(V))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Operator:
+        return -1.0 * self
+
+    def deflated(self, values: Tensor, vectors: Tensor) -> Operator:
+        """A - U diag(λ) Uᵀ: with eigenpairs of A, what is left has 0 in their place.
+
+        Args:
+            values: λ, (k,).
+            vectors: U, (n, k), orthonormal.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+        """
+        if vectors.ndim != 2 or vectors.shape != (self.shape[0], *values.shape):
+            raise ValueError(
+                f"got values of shape {tuple(values.shape)} and vectors of shape {tuple(vectors.shape)}; allowed is "
+                f"(k,) and ({self.shape[0]}, k)"
+            )
+        U, scaled = (t.to(self.device, self.dtype) for t in (vectors, vectors * values))
+        return self._made(lambda V: self.product(V) - scaled @ (U.T @ V))
+
+    def block(self, start: int, stop: int) -> Operator:
+        """The diagonal block of rows and columns start to stop; a product costs as much as one with A.
+
+        `problem.space.ranges` has the rows of each parameter tensor. The Hessian of some tensors alone costs
+        less as `hessian(problem.replace(parameters=[...]))`.
+
+        Raises:
+            ValueError: if these are no rows of A.
+        """
+        if not 0 <= start < stop <= self.shape[0]:
+            raise ValueError(f"got rows {start} to {stop}; allowed is 0 <= start < stop <= {self.shape[0]}")
+
+        def product(v: Tensor) -> Tensor:
+            V = torch.zeros(self.shape[0], *v.shape[1:], dtype=self.dtype, device=self.device)
+            V[start:stop] = v
+            return self.product(V)[start:stop]
+
+        return Operator((stop - start, stop - start), self.dtype, self.device, product)
+
+    def _made(self, product: Callable[[Tensor], Tensor]) -> Operator:
+        return Operator(self.shape, self.dtype, self.device, product)
 
     def to_scipy(self) -> LinearOperator:
         """The same operator for `scipy.sparse.linalg` (`eigsh`, `lobpcg`)."""
@@ -73,5 +135,48 @@ def ggn(problem: Problem) -> Operator:
     return _of(problem, problem.ggn_vp)
 
 
+def fisher(problem: Problem) -> Operator:
+    """F = E_x E_{y ~ p(y|x)} g gᵀ with g = ∇ log p(y|x), the Fisher information of the model's own predictions.
+
+    Where the loss is the negative log-likelihood of an exponential family in its natural parameters, F is
+    the generalized Gauss-Newton matrix (Martens 2020, arXiv 1412.1193, §9.2), and is computed as that. A mean
+    squared error is taken as the likelihood of a Gaussian whose variance makes the two equal up to a constant.
+
+    Raises:
+        Refused: for any other loss, or with `forward=`.
+    """
+    problem.require_outputs("the Fisher information")
+    if obstacle := losses.no_likelihood(problem.evaluator.loss):
+        raise Refused(
+            f"the Fisher information needs a loss that is a negative log-likelihood; {obstacle}. Allowed are "
+            "cross_entropy, binary_cross_entropy_with_logits, mse_loss and poisson_nll_loss of logits, without "
+            "weights or label smoothing. ggn(problem) takes any loss."
+        )
+    return _of(problem, problem.ggn_vp)
+
+
+def input_hessian(problem: Problem, example: int) -> Operator:
+    """∇²ₓℓ(x), the Hessian of one example's loss with respect to its input, d numbers.
+
+    Args:
+        problem: on whatever data.
+        example: its index in the order of the data.
+
+    Raises:
+        IndexError: if there are fewer examples.
+        Refused: if the input has no floating-point number.
+    """
+    loss = inputs.example_loss(problem, example)
+    return Operator((loss.size, loss.size), problem.dtype, problem.device, loss.hvp)
+
+
 def _of(problem: Problem, product: Callable[[Tensor], Tensor]) -> Operator:
     return Operator((problem.size, problem.size), problem.dtype, problem.device, product)
+
+
+def _require_alike(A: Operator, B: Operator) -> None:
+    if (A.shape, A.dtype, A.device) != (B.shape, B.dtype, B.device):
+        raise ValueError(
+            f"got operators of shape {A.shape} ({A.dtype}, {A.device}) and {B.shape} ({B.dtype}, {B.device}); a sum "
+            "needs two alike"
+        )

@@ -26,7 +26,7 @@ FLOORS = [
     {"problem"},
     {"uses"},
     {"capture", "example_norms", "output_curvature", "per_example"},
-    {"ggn_trace", "structure"},
+    {"ggn_trace", "structure", "inputs"},
     {"operators"},
     {"estimators.calibration", "estimators.probes"},
     {"estimators.hutchinson", "estimators.hutchpp", "estimators.xtrace"},
