@@ -15,9 +15,9 @@ from .progress import emit
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the trace of an error too.")
 def command(as_json: bool) -> None:
     """List the metrics: name, headline variable, what it is, its fields and their defaults."""
-    from landscape.metrics import base
+    from landscape.metrics import registry
 
-    known = base.registered()
+    known = registry.registered()
     if as_json:
         emit(report.dump([_plain(name, metric) for name, metric in known.items()]))
         return

@@ -163,14 +163,14 @@ def _named(args: list[str]) -> list[str]:
 
 
 def _metric_flags(specs: list[str], taken: list[str]) -> MetricFlags:
-    from landscape.metrics import base
+    from landscape.metrics import registry
 
-    known: dict[str, type[Metric]] = base.registered()
+    known: dict[str, type[Metric]] = registry.registered()
     if not specs:
         return MetricFlags(known, known, taken)
     named: dict[str, type[Metric]] = {}
     for spec in specs:
-        metric = base.load(spec)
+        metric = registry.load(spec)
         if metric.name in named:
             raise click.UsageError(
                 f"--metric {spec}: {metric.name} is named twice; measure it twice with two --out"

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from landscape import averages, guard, seeds, vectors
 from landscape import batches as batching
-from landscape import guard, seeds, vectors
 from landscape.errors import Refused
 
 if TYPE_CHECKING:
@@ -262,12 +262,8 @@ def _off_kinks(small: Problem) -> Problem:
 def _differences(small: Problem, v: Tensor, ggn: bool, *, first: bool = False) -> list[Tensor]:
     """Products by differences with each of the steps, or with the first alone."""
     steps = _STEPS if small.dtype == torch.float64 else _STEPS_FLOAT32
-    found = []
-    for step in steps[:1] if first else steps:
-        moved = small.replace(products="difference")
-        moved._step = step
-        found.append(moved.ggn_vp(v) if ggn else moved.hvp(v))
-    return found
+    product = averages.ggn_by_differences if ggn else averages.hessian_by_differences
+    return [product(small, v, step) for step in (steps[:1] if first else steps)]
 
 
 def _agreement(Au: Tensor, Av: Tensor, u: Tensor, v: Tensor, references: list[Tensor]) -> tuple[float, float]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -14,24 +12,18 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from landscape import arguments, averages, checks, vectors
 from landscape import batches as batching
-from landscape import checks, products, vectors
 from landscape.batches import Batches
 from landscape.errors import Refused
 from landscape.evaluator import Evaluator
-from landscape.kernels import NONE, Kernels, active, choose, layout_failed
+from landscape.kernels import NONE, Kernels, choose, layout_failed
 
 Reduction = Literal["mean", "sum"]
 Mode = Literal["eval", "train"]
 Products = Literal["auto", "autodiff", "difference"]
 
-# Central differences err by h² from curvature and eps/h from rounding; eps^(1/3) balances the two
-# (Press et al., Numerical Recipes, §5.7).
-_STEP_EXPONENT = 1 / 3
-
-# Sums over micro-batches are held in float64 up to this many numbers (512 MiB), beyond it in the working
-# precision: a block of vectors is then held once more, not three times.
-_WIDE_SUMS = 2**26
+_Product = Callable[["Problem", Tensor], Tensor]
 
 
 @dataclass
@@ -105,13 +97,13 @@ class Problem:
         kernels: Literal["auto", "none"] | Kernels = "auto",
     ):
         self._arguments = {k: v for k, v in locals().items() if k not in {"self", "__class__"}}
-        _validate(**self._arguments)
+        arguments.validate(**self._arguments)
         self.mode, self.reduction, self.products, self.microbatch = mode, reduction, products, microbatch
         if isinstance(model, nn.Module):
-            module = _unwrapped(model)
+            module = arguments.unwrapped(model)
             self._own = vectors.select(module, parameters)  # type: ignore[arg-type]
         else:
-            module = _Function(model, parameters)  # type: ignore[arg-type]
+            module = arguments.FunctionModule(model, parameters)  # type: ignore[arg-type]
             self._own = vectors.select(module, None)
         self.space = vectors.ParameterSpace(self._own)
         first = next(iter(self._own.values()))
@@ -127,7 +119,6 @@ class Problem:
         )  # fmt: skip
         self._vector: Tensor | None = None
         self._buffers: Mapping[str, Tensor] = {}
-        self._step: float | None = None
         self._double: Self | None = None
         self.cost = Cost()
 
@@ -168,8 +159,7 @@ class Problem:
     def gradient(self) -> Tensor:
         """∇L(θ), a vector (n,); sums over batches are made in float64."""
         self.cost.gradients += 1
-        with self.evaluator.session():
-            return self._mean(1, self._gradient_piece)[0]
+        return averages.gradient(self)
 
     def hvp(self, V: Tensor) -> Tensor:
         """H V with H = ∇²L(θ), for one vector (n,) or a block (n, k), in one pass over the data.
@@ -180,7 +170,7 @@ class Problem:
         Raises:
             ValueError: if V does not have n rows.
         """
-        return self._products(V, ggn=False)
+        return self._product(V, averages.hessian_by_autodiff, averages.hessian_by_differences)
 
     def ggn_vp(self, V: Tensor) -> Tensor:
         """G V with G the generalized Gauss-Newton matrix, mean of Jᵀ(∂²ℓ/∂f²)J; V is (n,) or (n, k).
@@ -190,7 +180,7 @@ class Problem:
             ValueError: if V does not have n rows.
         """
         self.require_outputs("the generalized Gauss-Newton matrix")
-        return self._products(V, ggn=True)
+        return self._product(V, averages.ggn_by_autodiff, averages.ggn_by_differences)
 
     def losses(self) -> Tensor:
         """The loss of each example as a batch of one, (N,) float64.
@@ -386,113 +376,23 @@ class Problem:
         """The sum of all terms of these batches and the sum of their weights, in float64."""
         return self.evaluator.sums(data, self._named(self.leaves()), self._buffers)
 
-    def _products(self, V: Tensor, ggn: bool) -> Tensor:
-        by_difference = self._ggn_difference if ggn else self._hessian_difference
-        by_autodiff = self._ggn_piece if ggn else self._hessian_piece
-        differences = self.products == "difference"
-        if differences and self.dtype != torch.float64 and (double := self.in_float64()) is not None:
-            self.cost.matvecs += V.shape[1] if V.ndim > 1 else 1
-            self.cost.matvecs += V[0].numel()
-            made = double.ggn_vp(V.double()) if ggn else double.hvp(V.double())
-            return made.to(self.dtype)
+    def _product(self, V: Tensor, by_autodiff: _Product, by_differences: _Product) -> Tensor:
+        if self.products == "difference":
+            wide = self if self.dtype == torch.float64 else self.in_float64() or self
+            made = by_differences(wide, V).to(self.dtype)
+        else:
+            made = self._with_kernels(by_autodiff, V)
+        self.cost.matvecs += V.shape[1] if V.ndim > 1 else 1
+        return made
+
+    def _with_kernels(self, product: _Product, V: Tensor) -> Tensor:
         try:
-            return self._summed(V, by_difference if differences else by_autodiff, differences)
+            return product(self, V)
         except RuntimeError as failure:
             if not (self.kernels.channels_last and layout_failed(failure)):
                 raise
             self._kernels[:] = [dataclasses.replace(self.kernels, channels_last=False)]
-            return self._summed(V, by_autodiff, differences)
-
-    def _summed(self, V: Tensor, made: Callable[..., Iterator[products.Optional]], flat: bool) -> Tensor:
-        """Add up `made(piece, vectors)` over the micro-batches; the vectors flat, or cut per parameter."""
-        V = V.to(self.device, self.dtype)
-        rows = vectors.column_major(V, self.size) if flat else vectors.aligned_pieces(V, self.space)
-        with self.evaluator.session(), contextlib.ExitStack() as stack:
-            if not flat:
-                stack.enter_context(self.evaluator.twice_differentiable())
-                stack.enter_context(active(self.kernels))
-            total = self._mean(len(rows), lambda piece: made(piece, rows))
-        self.cost.matvecs += len(rows)
-        # Column-major: what follows takes one vector after the other, and this costs no copy.
-        return total[0] if V.ndim == 1 else total.T
-
-    def _mean(self, count: int, made: Callable[[Any], Iterator[products.Optional]]) -> Tensor:
-        """Return Σ made(piece) / Σ weights over the micro-batches, (count, n).
-
-        In float64 where several micro-batches are added, up to `_WIDE_SUMS` numbers.
-        """
-        pieces = self.evaluator.pieces(self.batches)
-        ahead = list(itertools.islice(pieces, 2))
-        wide = len(ahead) > 1 and count * self.size <= _WIDE_SUMS
-        # Empty, not zero: memory is taken where a row is written, after the graph of its product is gone.
-        total = torch.empty(count, self.size, dtype=torch.float64 if wide else self.dtype, device=self.device)
-        # In units of the first weight, so that a batch alone is not rounded for its weight's sake.
-        unit, weights = ahead[0][1], 0.0
-        for piece, weight in itertools.chain(ahead, pieces):
-            rows, scale = iter(total), self.evaluator.scale(weight) / unit
-            for result in made(piece):
-                parts = list(result)
-                del result
-                self._add(next(rows), parts, scale, not weights)
-            weights += weight / unit
-        return (total.div_(weights) if weights != 1 else total).to(self.dtype)
-
-    def _gradient_piece(self, piece: Any) -> Iterator[products.Optional]:
-        leaves = self.leaves()
-        with self.filled(leaves):
-            yield products.gradient(self.evaluator.loss_of(piece), leaves)
-
-    def _hessian_piece(self, piece: Any, rows: Sequence[products.Pieces]) -> Iterator[products.Optional]:
-        leaves = self.leaves()
-        with self.filled(leaves):
-            yield from products.hessian_products(self.evaluator.loss_of(piece), leaves, rows)
-
-    def _ggn_piece(self, piece: Any, rows: Sequence[products.Pieces]) -> Iterator[products.Optional]:
-        leaves = self.leaves()
-        with self.filled(leaves):
-            outputs = self.evaluator.outputs(piece)
-            yield from products.ggn_products(outputs, self._ending(piece), leaves, rows)
-
-    def _hessian_difference(self, piece: Any, rows: Tensor) -> Iterator[products.Optional]:
-        for row in rows:
-            step = self._difference_step(row)
-            slopes = []
-            for sign in (1, -1):
-                leaves = self.leaves(displacement=row * (sign * step))
-                with self.filled(leaves):
-                    slopes.append(products.gradient(self.evaluator.loss_of(piece), leaves))
-            yield [
-                None if up is None or down is None else (up - down) / (2 * step)
-                for up, down in zip(*slopes, strict=True)
-            ]
-
-    def _ggn_difference(self, piece: Any, rows: Tensor) -> Iterator[products.Optional]:
-        leaves = self.leaves()
-        for row in rows:
-            step = self._difference_step(row)
-            moved = []
-            for sign in (1, -1):
-                with torch.no_grad(), self.filled(self.leaves(displacement=row * (sign * step))):
-                    moved.append(batching.tensors(self.evaluator.outputs(piece)))
-            with self.filled(leaves):
-                outputs = self.evaluator.outputs(piece)
-                wanted = [t.requires_grad for t in batching.tensors(outputs)]
-                pushed = [
-                    (up - down) / (2 * step) for up, down, want in zip(*moved, wanted, strict=True) if want
-                ]
-                yield products.pullback(outputs, self._ending(piece), leaves, pushed)
-
-    def _difference_step(self, row: Tensor) -> float:
-        """The factor h of θ ± h v: ‖h v‖ = eps^(1/3) (1 + ‖θ‖), whatever the length of v."""
-        length = float(row.norm())
-        relative = self._step if self._step is not None else torch.finfo(self.dtype).eps ** _STEP_EXPONENT
-        theta = math.sqrt(sum(float(leaf.detach().norm()) ** 2 for leaf in self.leaves()))
-        return relative * (1 + theta) / length if length > 0 else 1.0
-
-    def _ending(self, piece: Any) -> Callable[[Any], Tensor]:
-        """The loss as a function of the outputs."""
-        target = self.evaluator.target_of(piece)
-        return lambda outputs: self.evaluator.loss_from(outputs, target)
+            return product(self, V)
 
     def leaves(self, displacement: Tensor | None = None) -> list[Tensor]:
         """θ (+ displacement) as fresh leaves that require grad, without a copy where none is needed."""
@@ -511,67 +411,3 @@ class Problem:
 
     def _named(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.names, leaves, strict=True))
-
-    def _add(self, total: Tensor, parts: list[Tensor | None], scale: float, first: bool) -> None:
-        """Add `scale` times the parts to the flat total, and take each out of the list, so that it is freed."""
-        for i, (start, stop) in enumerate(self.space.ranges.values()):
-            part, parts[i] = parts[i], None
-            into = total[start:stop].zero_() if first else total[start:stop]
-            if part is not None:
-                into.add_(part.detach().reshape(-1), alpha=scale)
-
-
-class _Function(nn.Module):
-    """A function f(params, x) as a module, so that there is one way to substitute parameters."""
-
-    def __init__(self, function: Callable[..., Any], parameters: Mapping[str, Tensor]):
-        super().__init__()
-        self._function = function
-        for name, tensor in parameters.items():  # register_parameter would refuse a dot in the name
-            self._parameters[name] = nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point())
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        return self._function(dict(self._parameters), *inputs, **named)
-
-
-def _validate(**arguments: Any) -> None:
-    model, loss, data, forward = (arguments[k] for k in ("model", "loss", "data", "forward"))
-    if data is None:
-        raise TypeError("data is missing; give a re-iterable of batches, such as a DataLoader")
-    if (loss is None) == (forward is None):
-        raise TypeError(
-            "give either loss (called as loss(output, target)) or forward (called as forward(model, batch))"
-        )
-    if forward is not None and (arguments["output"] or arguments["target"]):
-        raise TypeError("output= and target= belong to the form with loss=; forward= returns the loss itself")
-    for name, allowed in (
-        ("reduction", ("mean", "sum")),
-        ("mode", ("eval", "train")),
-        ("products", ("auto", "autodiff", "difference")),
-        ("kernels", ("auto", "none")),
-    ):
-        if arguments[name] not in allowed and not isinstance(arguments[name], Kernels):
-            raise ValueError(f"{name} is {arguments[name]!r}; allowed is {' or '.join(map(repr, allowed))}")
-    if arguments["microbatch"] is not None and arguments["microbatch"] < 1:
-        raise ValueError(f"microbatch is {arguments['microbatch']}; allowed is a number of examples >= 1")
-    dtype = arguments["dtype"]
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}; allowed is a real floating-point dtype")
-    by_name = isinstance(arguments["parameters"], Mapping)
-    if not isinstance(model, nn.Module) and not (callable(model) and by_name):
-        raise TypeError(
-            f"model is a {type(model).__name__}; allowed is an nn.Module, or a function f(params, x) together with "
-            "parameters={name: tensor}"
-        )
-    if isinstance(model, nn.Module) and by_name:
-        raise TypeError(
-            "parameters of an nn.Module are given by name or pattern, not by value; use .at(vector)"
-        )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Look through `torch.compile` (no second derivative) and data-parallel wrappers (collectives per pass)."""
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return _unwrapped(model.module)
-    original = getattr(model, "_orig_mod", None)
-    return _unwrapped(original) if isinstance(original, nn.Module) else model

@@ -21,7 +21,7 @@ from landscape_cli import app as cli_app
 from landscape_cli import flags, report
 
 from landscape import results
-from landscape.metrics import base
+from landscape.metrics import registry
 from landscape.results import Record, Variable
 
 COMMAND = [sys.executable, "-c", "from landscape_cli import main; main()"]
@@ -205,7 +205,7 @@ def test_help_of_measure_is_in_groups():
     places = [text.index(heading) for heading in headings]
     assert places == sorted(places)
     assert text.index("--checkpoint") > places[1]
-    for field in flags.fields_of(base.registered()["trace"]).values():
+    for field in flags.fields_of(registry.registered()["trace"]).values():
         assert text.index(f"--{field.flag}", places[-1]) > 0
     assert "[default: 0.02]" in text
 
@@ -627,8 +627,8 @@ def test_plot_draws_beside_the_measurement_or_where_it_is_told(tmp_path: Path):
 def test_metrics_lists_every_metric_and_field():
     text = landscape("metrics").output
     known = json.loads(landscape("metrics", "--json").output)
-    assert [entry["name"] for entry in known] == list(base.registered())
-    for name, metric in base.registered().items():
+    assert [entry["name"] for entry in known] == list(registry.registered())
+    for name, metric in registry.registered().items():
         assert f"\n{name}" in f"\n{text}"
         for field in dataclasses.fields(metric):
             assert f"--{field.name.replace('_', '-')}" in text

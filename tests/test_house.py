@@ -22,7 +22,7 @@ FLOORS = [
     {"batches", "convolution", "guard", "kernels", "losses", "strict", "tensors"},
     {"netcdf"},
     {"results"},
-    {"products", "evaluator", "checks"},
+    {"arguments", "products", "evaluator", "averages", "checks"},
     {"problem"},
     {"uses"},
     {"capture", "example_norms", "output_curvature", "per_example"},
@@ -32,6 +32,7 @@ FLOORS = [
     {"estimators.hutchinson", "estimators.hutchpp", "estimators.xtrace"},
     {"estimators"},
     {"metrics.base"},
+    {"metrics.registry"},
     {"metrics.*"},
     {"metrics"},
     {"run", "plots", "testbeds.*", "testbeds"},
@@ -39,7 +40,7 @@ FLOORS = [
 ]
 # Within a floor, from the bottom up.
 ORDER = {
-    "evaluator": 0, "checks": 1, "convolution": 0, "kernels": 1,
+    "products": 0, "evaluator": 0, "averages": 1, "checks": 2, "convolution": 0, "kernels": 1,
     "testbeds.nets": 0, "testbeds.digits": 1, "testbeds.train": 1, "testbeds.golden": 2, "testbeds": 3,
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}

@@ -179,7 +179,7 @@ def test_an_interrupt_between_two_products(method, monkeypatch):
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(problem, "_add", interrupt)
+    monkeypatch.setattr("landscape.averages._add", interrupt)
     call = getattr(problem, method)
     error = attempt(lambda: call() if method == "gradient" else call(V))
     assert isinstance(error, KeyboardInterrupt)

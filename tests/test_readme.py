@@ -78,10 +78,10 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_table_is_the_registry() -> None:
-    from landscape.metrics import base
+    from landscape.metrics import registry
 
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \|$", TEXT, re.M)
-    first_lines = {name: (m.__doc__ or "").splitlines()[0] for name, m in base.registered().items()}
+    first_lines = {name: (m.__doc__ or "").splitlines()[0] for name, m in registry.registered().items()}
     assert dict(rows) == first_lines
 
 

@@ -19,7 +19,7 @@ from torch import nn
 import landscape
 from landscape import seeds
 from landscape.checks import Need
-from landscape.metrics import Trace, base
+from landscape.metrics import Trace, registry
 from landscape.metrics.base import Metric, Round, SequentialMetric, State, Values, setting
 from landscape.results import Record, Variable
 
@@ -133,7 +133,7 @@ class Nested(Draws):
         self, problem: landscape.Problem, shared: Record, block: range, generators: Sequence[torch.Generator]
     ) -> Values:
         theta = problem.parameters_vector()
-        inner = base.load("trace")()
+        inner = registry.load("trace")()
         found = [float(landscape.evaluate(inner, problem.at(theta * (1 + 0.1 * i)))["trace"]) for i in block]
         return {"draw_value": Variable(("draw",), np.array(found))}
 
@@ -364,14 +364,14 @@ def test_memory_cuts_blocks_not_results() -> None:
 
 
 def test_metrics_are_found_by_name_and_from_a_file(tmp_path: Path) -> None:
-    assert base.load("trace") is Trace
+    assert registry.load("trace") is Trace
     with pytest.raises(landscape.UnknownMetric, match=r"did you mean trace\?.*Known: .*trace"):
-        base.load("trcae")
+        registry.load("trcae")
     mine = tmp_path / "mine.py"
     mine.write_text(
         "from dataclasses import dataclass\nfrom typing import ClassVar\nfrom landscape.metrics.trace import Trace\n"
         "@dataclass(frozen=True)\nclass Mine(Trace):\n    name: ClassVar[str] = 'mine'\n"
     )
-    assert base.load(str(mine)).name == "mine"
+    assert registry.load(str(mine)).name == "mine"
     with pytest.raises(landscape.UnknownMetric, match="does not exist"):
-        base.load(str(tmp_path / "absent.py"))
+        registry.load(str(tmp_path / "absent.py"))

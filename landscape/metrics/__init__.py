@@ -1,4 +1,4 @@
-"""One file per metric; `base` is the interface they share.
+"""One file per metric; `base` is the interface they share, `registry` finds them by name.
 
 >>> from landscape import metrics
 >>> metrics.Trace(rtol=0.01).name
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_") or name == "base":
+    if name.startswith("_") or name in {"base", "registry"}:
         raise AttributeError(name)
-    from landscape.metrics import base
+    from landscape.metrics import registry
 
-    for metric in base.registered().values():
+    for metric in registry.registered().values():
         if metric.__name__ == name:
             return metric
     raise AttributeError(f"landscape.metrics has no metric {name!r}")

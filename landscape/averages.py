@@ -1,0 +1,186 @@
+"""Means over the data: gradients and curvature products, summed micro-batch by micro-batch.
+
+Products are made by autodiff (reverse over reverse, one graph for all vectors of a block) or by central
+differences: of gradients for H, of outputs for G = mean of Jᵀ(∂²ℓ/∂f²)J.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from landscape import batches as batching
+from landscape import products, vectors
+from landscape.kernels import active
+
+if TYPE_CHECKING:
+    from landscape.problem import Problem
+
+# Central differences err by h² from curvature and eps/h from rounding; eps^(1/3) balances the two
+# (Press et al., Numerical Recipes, §5.7).
+_STEP_EXPONENT = 1 / 3
+
+# Sums over micro-batches are held in float64 up to this many numbers (512 MiB), beyond it in the working
+# precision: a block of vectors is then held once more, not three times.
+_WIDE_SUMS = 2**26
+
+Made = Iterator[products.Optional]
+
+
+def gradient(problem: Problem) -> Tensor:
+    """∇L(θ), a vector (n,)."""
+
+    def slopes(piece: Any) -> Made:
+        leaves = problem.leaves()
+        with problem.filled(leaves):
+            yield products.gradient(problem.evaluator.loss_of(piece), leaves)
+
+    with problem.session():
+        return _mean(problem, 1, slopes)[0]
+
+
+def hessian_by_autodiff(problem: Problem, V: Tensor) -> Tensor:
+    """H V for one vector (n,) or a block (n, k)."""
+
+    def made(piece: Any, rows: Sequence[products.Pieces]) -> Made:
+        leaves = problem.leaves()
+        with problem.filled(leaves):
+            yield from products.hessian_products(problem.evaluator.loss_of(piece), leaves, rows)
+
+    return _by_autodiff(problem, V, made)
+
+
+def ggn_by_autodiff(problem: Problem, V: Tensor) -> Tensor:
+    """G V for one vector (n,) or a block (n, k)."""
+
+    def made(piece: Any, rows: Sequence[products.Pieces]) -> Made:
+        leaves = problem.leaves()
+        with problem.filled(leaves):
+            outputs = problem.evaluator.outputs(piece)
+            yield from products.ggn_products(outputs, _ending(problem, piece), leaves, rows)
+
+    return _by_autodiff(problem, V, made)
+
+
+def hessian_by_differences(problem: Problem, V: Tensor, step: float | None = None) -> Tensor:
+    """H V from differences of gradients, for one vector (n,) or a block (n, k).
+
+    Args:
+        problem: the problem.
+        V: the vectors.
+        step: ‖h v‖ / (1 + ‖θ‖) of the displacements; default eps^(1/3).
+    """
+
+    def made(piece: Any, rows: Tensor) -> Made:
+        for row in rows:
+            h = _factor(problem, row, step)
+            slopes = []
+            for sign in (1, -1):
+                leaves = problem.leaves(displacement=row * (sign * h))
+                with problem.filled(leaves):
+                    slopes.append(products.gradient(problem.evaluator.loss_of(piece), leaves))
+            yield [
+                None if up is None or down is None else (up - down) / (2 * h)
+                for up, down in zip(*slopes, strict=True)
+            ]
+
+    return _by_differences(problem, V, made)
+
+
+def ggn_by_differences(problem: Problem, V: Tensor, step: float | None = None) -> Tensor:
+    """G V with J v from differences of outputs; arguments as `hessian_by_differences`."""
+
+    def made(piece: Any, rows: Tensor) -> Made:
+        leaves = problem.leaves()
+        for row in rows:
+            h = _factor(problem, row, step)
+            moved = []
+            for sign in (1, -1):
+                with torch.no_grad(), problem.filled(problem.leaves(displacement=row * (sign * h))):
+                    moved.append(batching.tensors(problem.evaluator.outputs(piece)))
+            with problem.filled(leaves):
+                outputs = problem.evaluator.outputs(piece)
+                wanted = [t.requires_grad for t in batching.tensors(outputs)]
+                pushed = [
+                    (up - down) / (2 * h) for up, down, want in zip(*moved, wanted, strict=True) if want
+                ]
+                yield products.pullback(outputs, _ending(problem, piece), leaves, pushed)
+
+    return _by_differences(problem, V, made)
+
+
+def _by_autodiff(
+    problem: Problem, V: Tensor, made: Callable[[Any, Sequence[products.Pieces]], Made]
+) -> Tensor:
+    rows = vectors.aligned_pieces(V.to(problem.device, problem.dtype), problem.space)
+    with problem.session(), contextlib.ExitStack() as stack:
+        stack.enter_context(problem.evaluator.twice_differentiable())
+        stack.enter_context(active(problem.kernels))
+        total = _mean(problem, len(rows), lambda piece: made(piece, rows))
+    return _shaped_like(V, total)
+
+
+def _by_differences(problem: Problem, V: Tensor, made: Callable[[Any, Tensor], Made]) -> Tensor:
+    rows = vectors.column_major(V.to(problem.device, problem.dtype), problem.size)
+    with problem.session():
+        total = _mean(problem, len(rows), lambda piece: made(piece, rows))
+    return _shaped_like(V, total)
+
+
+def _shaped_like(V: Tensor, total: Tensor) -> Tensor:
+    # Column-major: what follows takes one vector after the other, and this costs no copy.
+    return total[0] if V.ndim == 1 else total.T
+
+
+def _mean(problem: Problem, count: int, made: Callable[[Any], Made]) -> Tensor:
+    """Return Σ made(piece) / Σ weights over the micro-batches, (count, n).
+
+    In float64 where several micro-batches are added, up to `_WIDE_SUMS` numbers.
+    """
+    pieces = problem.evaluator.pieces(problem.batches)
+    ahead = list(itertools.islice(pieces, 2))
+    wide = len(ahead) > 1 and count * problem.size <= _WIDE_SUMS
+    dtype = torch.float64 if wide else problem.dtype
+    # Empty, not zero: memory is taken where a row is written, after the graph of its product is gone.
+    total = torch.empty(count, problem.size, dtype=dtype, device=problem.device)
+    # In units of the first weight, so that a batch alone is not rounded for its weight's sake.
+    unit, weights = ahead[0][1], 0.0
+    for piece, weight in itertools.chain(ahead, pieces):
+        rows, scale = iter(total), problem.evaluator.scale(weight) / unit
+        for result in made(piece):
+            parts = list(result)
+            del result
+            _add(next(rows), problem.space, parts, scale, not weights)
+        weights += weight / unit
+    return (total.div_(weights) if weights != 1 else total).to(problem.dtype)
+
+
+def _add(
+    total: Tensor, space: vectors.ParameterSpace, parts: list[Tensor | None], scale: float, first: bool
+) -> None:
+    """Add `scale` times the parts to the flat total, and take each out of the list, so that it is freed."""
+    for i, (start, stop) in enumerate(space.ranges.values()):
+        part, parts[i] = parts[i], None
+        into = total[start:stop].zero_() if first else total[start:stop]
+        if part is not None:
+            into.add_(part.detach().reshape(-1), alpha=scale)
+
+
+def _factor(problem: Problem, row: Tensor, step: float | None) -> float:
+    """The factor h of θ ± h v: ‖h v‖ = eps^(1/3) (1 + ‖θ‖), whatever the length of v."""
+    length = float(row.norm())
+    relative = step if step is not None else torch.finfo(problem.dtype).eps ** _STEP_EXPONENT
+    theta = math.sqrt(sum(float(leaf.detach().norm()) ** 2 for leaf in problem.leaves()))
+    return relative * (1 + theta) / length if length > 0 else 1.0
+
+
+def _ending(problem: Problem, piece: Any) -> Callable[[Any], Tensor]:
+    """The loss as a function of the outputs."""
+    target = problem.evaluator.target_of(piece)
+    return lambda outputs: problem.evaluator.loss_from(outputs, target)
