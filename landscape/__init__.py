@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from landscape.errors import Refused as Refused
     from landscape.errors import UnknownMetric as UnknownMetric
     from landscape.metrics.base import evaluate as evaluate
+    from landscape.operators import empirical_fisher as empirical_fisher
     from landscape.operators import fisher as fisher
     from landscape.operators import ggn as ggn
     from landscape.operators import hessian as hessian
@@ -30,6 +31,7 @@ _HOME = {
     "Refused": "errors",
     "ResultsError": "results",
     "UnknownMetric": "errors",
+    "empirical_fisher": "operators",
     "evaluate": "metrics.base",
     "fisher": "operators",
     "ggn": "operators",

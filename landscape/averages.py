@@ -1,7 +1,8 @@
 """Means over the data: gradients and curvature products, summed micro-batch by micro-batch.
 
 Products are made by autodiff (reverse over reverse, one graph for all vectors of a block) or by central
-differences: of gradients for H, of outputs for G = mean of Jᵀ(∂²ℓ/∂f²)J.
+differences: of gradients for H, of outputs for G = mean of Jᵀ(∂²ℓ/∂f²)J. The empirical Fisher matrix, which
+needs gradients only, is always made by autodiff.
 """
 
 from __future__ import annotations
@@ -66,6 +67,33 @@ def ggn_by_autodiff(problem: Problem, V: Tensor) -> Tensor:
             yield from products.ggn_products(outputs, _ending(problem, piece), leaves, rows)
 
     return _by_autodiff(problem, V, made)
+
+
+def empirical_fisher(problem: Problem, V: Tensor) -> Tensor:
+    """Σ_i w_i g_i g_iᵀ V / Σ_i w_i over examples, for one vector (n,) or a block (n, k)."""
+
+    def made(piece: Any, rows: Sequence[products.Pieces]) -> Made:
+        leaves = problem.leaves()
+        with problem.filled(leaves):
+            terms = _terms(problem, piece)
+            scale = problem.evaluator.scale(problem.evaluator.weigh(piece))
+            # The Gauss-Newton matrix of half the sum of squares of the examples' losses.
+            yield from products.ggn_products(terms, lambda t: t.square().sum() / (2 * scale), leaves, rows)
+
+    return _by_autodiff(problem, V, made)
+
+
+def _terms(problem: Problem, piece: Any) -> Tensor:
+    """The sum of each example's terms over the root of its weight; examples without weight are left out."""
+    outputs, target = problem.evaluator.outputs(piece), problem.evaluator.target_of(piece)
+    found = []
+    for i in range(batching.examples(piece)):
+        if (weight := problem.evaluator.weigh(batching.cut(piece, i, i + 1))) > 0:
+            one = batching.cut(outputs, i, i + 1), batching.cut(target, i, i + 1)
+            found.append(
+                problem.evaluator.loss_from(*one) * (problem.evaluator.scale(weight) / math.sqrt(weight))
+            )
+    return torch.stack(found)
 
 
 def hessian_by_differences(problem: Problem, V: Tensor, step: float | None = None) -> Tensor:

@@ -78,8 +78,8 @@ class Operator:
     def block(self, start: int, stop: int) -> Operator:
         """The diagonal block of rows and columns start to stop; a product costs as much as one with A.
 
-        `problem.space.ranges` has the rows of each parameter tensor. The Hessian of some tensors alone costs
-        less as `hessian(problem.replace(parameters=[...]))`.
+        `problem.space.ranges` has the rows of each parameter tensor; the Hessian of some tensors alone costs
+        less as `hessian(problem.only(names))`.
 
         Raises:
             ValueError: if these are no rows of A.
@@ -153,6 +153,19 @@ def fisher(problem: Problem) -> Operator:
             "weights or label smoothing. ggn(problem) takes any loss."
         )
     return _of(problem, problem.ggn_vp)
+
+
+def empirical_fisher(problem: Problem) -> Operator:
+    """E = mean of g_i g_iᵀ over the examples' gradients g_i at the data's own labels.
+
+    It is no estimate of the Fisher information away from a perfect fit (Kunstner et al. 2019, arXiv
+    1905.12558).
+
+    Raises:
+        Refused: on a problem with `forward=`.
+    """
+    problem.require_outputs("per-example gradients")
+    return _of(problem, problem.empirical_fisher_vp)
 
 
 def input_hessian(problem: Problem, example: int) -> Operator:

@@ -119,6 +119,8 @@ class Problem:
         )  # fmt: skip
         self._vector: Tensor | None = None
         self._buffers: Mapping[str, Tensor] = {}
+        self._whole: Self | None = None  # what this problem was cut out of by `only`
+        self._fixed: dict[str, Tensor] = {}  # moved parameters that are not measured
         self._double: Self | None = None
         self.cost = Cost()
 
@@ -181,6 +183,21 @@ class Problem:
         """
         self.require_outputs("the generalized Gauss-Newton matrix")
         return self._product(V, averages.ggn_by_autodiff, averages.ggn_by_differences)
+
+    def empirical_fisher_vp(self, V: Tensor) -> Tensor:
+        """E V with E = Σ_i w_i g_i g_iᵀ / Σ_i w_i over the examples' gradients g_i; V is (n,) or (n, k).
+
+        g_i is the gradient of example i's loss as a batch of one, w_i its weight (1 where batches weigh
+        their examples).
+
+        Raises:
+            Refused: on a problem with `forward=`.
+            ValueError: if V does not have n rows.
+        """
+        self.require_outputs("per-example gradients")
+        made = self._with_kernels(averages.empirical_fisher, V)
+        self.cost.matvecs += V.shape[1] if V.ndim > 1 else 1
+        return made
 
     def losses(self) -> Tensor:
         """The loss of each example as a batch of one, (N,) float64.
@@ -257,11 +274,39 @@ class Problem:
         moved._double = None
         return moved
 
+    def only(self, parameters: str | Sequence[str]) -> Self:
+        """The same problem as a function of some of its parameter tensors; the others stay where they are.
+
+        Its Hessian is a diagonal block of this one's.
+
+        Args:
+            parameters: names or patterns, as for the class.
+
+        Raises:
+            ValueError: if one of them names no measured parameter.
+        """
+        chosen = vectors.matching(self._own, parameters)
+        part = copy.copy(self)
+        part._whole = self
+        part._own = {name: p for name, p in self._own.items() if name in chosen}
+        part.space = vectors.ParameterSpace(part._own)
+        if self._vector is not None:
+            held = dict(zip(self.names, self.space.split(self._vector), strict=True))
+            part._vector = part.space.flatten(held[name] for name in part.names)
+            part._fixed = {**self._fixed, **{name: p for name, p in held.items() if name not in chosen}}
+        part._double = None
+        return part
+
     def replace(self, **changes: Any) -> Self:
         """A new Problem with some arguments changed; it stays `at` the same parameters.
 
         With another `model`, the parameters are that model's.
         """
+        if self._whole is not None and "parameters" not in changes:
+            part = self._whole.replace(**changes).only(self.names)
+            return (
+                part if self._vector is None or "model" in changes else part.at(self._vector, self._buffers)
+            )
         new = type(self)(**{**self._arguments, **changes})
         if "data" not in changes:
             new.batches = self.batches.to(new.device, new.dtype)
@@ -330,7 +375,7 @@ class Problem:
     def fingerprint(self) -> str:
         """A hash of θ, of the other parameters and of the buffers; 16 hexadecimal digits."""
         slots = self.evaluator.slots
-        given = {f"model.{name}": t for name, t in self._buffers.items()}
+        given = {f"model.{name}": t for name, t in {**self._buffers, **self._fixed}.items()}
         constants = {**slots.tensors, **slots.buffers, **given}
         digest = batching.new_digest(str(list(self.space.ranges.items())))
         batching.update(digest, [leaf.detach() for leaf in self.leaves()])
@@ -410,4 +455,4 @@ class Problem:
         return self.evaluator.filled(self._named(leaves), self._buffers)
 
     def _named(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
-        return dict(zip(self.names, leaves, strict=True))
+        return {**self._fixed, **dict(zip(self.names, leaves, strict=True))}

@@ -85,20 +85,32 @@ def select(model: nn.Module, patterns: str | Sequence[str] | None) -> dict[str, 
     if patterns is None:
         return {name: p for name, p in unique.items() if p.requires_grad}
     every = dict(model.named_parameters(remove_duplicate=False))
-    chosen: set[int] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = [
-            name
-            for name in every
-            if name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
-        ]
-        if not hits:
-            near = difflib.get_close_matches(pattern, every, n=3, cutoff=0.3) or list(every)[:3]
-            raise ValueError(
-                f"no parameter matches {pattern!r}; the nearest are {', '.join(near) or '(none)'}"
-            )
-        chosen.update(id(every[name]) for name in hits)
+    chosen = {id(every[name]) for name in matching(every, patterns)}
     return {name: p for name, p in unique.items() if id(p) in chosen}
+
+
+def matching(named: Mapping[str, Tensor], patterns: str | Sequence[str]) -> set[str]:
+    """Return the names that one of the patterns (see `select`) means.
+
+    Raises:
+        ValueError: if a pattern matches nothing; the message names the nearest.
+    """
+    chosen: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = [name for name in named if _means(pattern, name)]
+        if not hits:
+            raise ValueError(_nothing(pattern, list(named)))
+        chosen.update(hits)
+    return chosen
+
+
+def _means(pattern: str, name: str) -> bool:
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
+
+
+def _nothing(pattern: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+    return f"no parameter matches {pattern!r}; the nearest are {', '.join(near) or '(none)'}"
 
 
 def column_major(V: Tensor, size: int) -> Tensor:

@@ -249,3 +249,56 @@ def test_an_input_without_a_derivative_or_an_unknown_one_is_refused() -> None:
     mapping = Problem(model, forward=lambda m, b: m(b["x"]).sum(), data=[{"x": torch.zeros(1, 2)}])
     with pytest.raises(Refused, match="which part"):
         landscape.input_hessian(mapping, example=0)
+
+
+# --- empirical Fisher matrix and parts of the parameters ----------------------------------------------
+
+
+def per_example(model: nn.Module, x: Tensor, loss_of: object) -> Tensor:
+    rows = []
+    for i in range(len(x)):
+        slopes = torch.autograd.grad(loss_of(model(x[i : i + 1]), i), model.parameters())  # type: ignore[operator]
+        rows.append(torch.cat([g.flatten() for g in slopes]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 7])
+def test_the_empirical_fisher_averages_outer_products_of_gradients(cut: int) -> None:
+    model, x = tanh_net(), randn(N, INPUTS, seed=2)
+    g = per_example(model, x, lambda f, i: F.cross_entropy(f, LABELS[i : i + 1]))
+    found = dense(landscape.empirical_fisher(Problem(model, F.cross_entropy, data(LABELS, cut=cut))))
+    assert torch.allclose(found, g.T @ g / N, rtol=0, atol=1e-15)
+
+
+def test_the_empirical_fisher_of_sums_and_of_ignored_labels() -> None:
+    model, x = tanh_net(2), randn(N, INPUTS, seed=2)
+    y = randn(N, 2, seed=5)
+    g = per_example(model, x, lambda f, i: ((f - y[i]) ** 2).mean())
+    summed = Problem(model, nn.MSELoss(reduction="sum"), data(y), reduction="sum")
+    assert torch.allclose(dense(landscape.empirical_fisher(summed)), g.T @ g / N, rtol=0, atol=1e-13)
+    labels = torch.tensor([0, -100, 1, 1, 0, -100, 0])
+    kept = labels >= 0
+    g = per_example(model, x[kept], lambda f, i: F.cross_entropy(f, labels[kept][i : i + 1]))
+    ignoring = Problem(model, nn.CrossEntropyLoss(), data(labels, cut=2))
+    assert torch.allclose(dense(landscape.empirical_fisher(ignoring)), g.T @ g / 5, rtol=0, atol=1e-14)
+
+
+def test_a_part_of_the_parameters_stays_where_it_was_moved() -> None:
+    problem = Problem(tanh_net(), F.cross_entropy, data(LABELS))
+    moved = problem.at(problem.parameters_vector() + 0.3 * randn(problem.size, seed=9))
+    for whole in (problem, moved):
+        part = whole.only(["0.weight", "2.bias"])
+        assert part.names == ["0.weight", "2.bias"]
+        rows = torch.cat([torch.arange(*whole.space.ranges[name]) for name in part.names])
+        expected = dense(landscape.hessian(whole))[rows][:, rows]
+        assert torch.allclose(dense(landscape.hessian(part)), expected, rtol=0, atol=1e-14)
+        assert float(part.value()) == float(whole.value())
+        elsewhere = part.at(part.parameters_vector() * 1.1).replace(microbatch=2)
+        vector = whole.parameters_vector()
+        vector[rows] *= 1.1
+        assert float(elsewhere.value()) == pytest.approx(float(whole.at(vector).value()), rel=1e-14)
+        again = part.only("2.bias")
+        assert torch.allclose(dense(landscape.hessian(again)), expected[-3:, -3:], rtol=0, atol=1e-14)
+    assert problem.only("2.bias").fingerprint() != moved.only("2.bias").fingerprint()
+    with pytest.raises(ValueError, match=r"no parameter matches '2.bia'; the nearest are 2.bias"):
+        problem.only("2.bia")
