@@ -1,8 +1,17 @@
 """Matrix-free numerics: they know of an operator only its shape, dtype, device and `@`."""
 
+from landscape.estimators.eigen import EigenResult, eigsh
 from landscape.estimators.hutchinson import HutchinsonResult, hutchinson
 from landscape.estimators.hutchpp import hutchpp
 from landscape.estimators.probes import TraceEstimate
 from landscape.estimators.xtrace import xtrace
 
-__all__ = ["HutchinsonResult", "TraceEstimate", "hutchinson", "hutchpp", "xtrace"]
+__all__ = [
+    "EigenResult",
+    "HutchinsonResult",
+    "TraceEstimate",
+    "eigsh",
+    "hutchinson",
+    "hutchpp",
+    "xtrace",
+]

@@ -1,0 +1,291 @@
+"""A Krylov space that is built vector by vector, with full reorthogonalisation; the state of `eigsh`.
+
+The space holds orthonormal vectors q_r. Of some, the *expanded* ones V, the product is known:
+A q_i = Σ_r G_ri q_r, a sum over all vectors of the space. The others, P, are *pending*: the ends of chains,
+each the normalised rest of the last product of its chain. So A V = V T + P B with T and B parts of G, which
+is Lanczos with one chain, block Lanczos with several, and thick-restart Lanczos after `restart`; a random
+vector can be taken up as a new chain at any time, since A V has no component along it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from landscape.estimators.probes import Operator, draw
+from landscape.seeds import generator
+
+Array = NDArray[np.float64]
+_CHUNK = 1 << 20  # elements of a float64 working copy: 8 MiB
+_ROUNDING = 10.0  # in units of eps ‖A‖: below it, the rest of a product is rounding
+_SYMMETRIC = 1e-2  # ‖(A - Aᵀ) q‖ over ‖A‖ from which A is no rounded symmetric matrix
+
+
+@dataclass(frozen=True)
+class Ritz:
+    """Ritz pairs: A ≈ V S diag(values) Sᵀ Vᵀ.
+
+    Attributes:
+        values: ascending, shape (j,).
+        S: coordinates of the Ritz vectors in the expanded vectors, as columns, shape (j, j).
+        coupling: B S, the rest of A y - θ y along each pending vector, shape (pending, j).
+    """
+
+    values: Array
+    S: Array
+    coupling: Array
+
+    @property
+    def residuals(self) -> Array:
+        """‖A y - θ y‖ by the Lanczos relation, shape (j,)."""
+        return np.asarray(np.sqrt((self.coupling**2).sum(axis=0)))
+
+
+@dataclass
+class Krylov:
+    """The space. `arrays` and `from_arrays` store it and bring it back, bit for bit.
+
+    Attributes:
+        vectors: the vectors q_r as rows, shape (capacity, n); the first `rows` are in use.
+        G: q_rᵀ A q_i where known, symmetric, shape (rows, rows).
+        expanded: which vectors have been multiplied by A, shape (rows,).
+        depth: of a pending vector, the products along its chain, shape (rows,).
+        random: of a pending vector, whether its chain began with a random vector, shape (rows,).
+        norm: the largest ‖A q‖ seen, a lower bound of ‖A‖.
+        asymmetry: the largest ‖q_rᵀ A q_i - q_iᵀ A q_r‖ seen: the rounding of products.
+        matvecs: products spent.
+        draws: random vectors drawn.
+        ended: random chains that ended because nothing new was left of a product.
+        deepest: the most products along any chain.
+    """
+
+    vectors: Tensor
+    G: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    expanded: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    depth: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    random: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    norm: float = 0.0
+    asymmetry: float = 0.0
+    matvecs: int = 0
+    draws: int = 0
+    ended: int = 0
+    deepest: int = 0
+    _ritz: Ritz | None = None
+
+    @classmethod
+    def empty(cls, n: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Krylov:
+        """Return a space without vectors, with room for `capacity` of them."""
+        return cls(torch.empty(capacity, n, dtype=dtype, device=device))
+
+    @property
+    def rows(self) -> int:
+        """Vectors in use."""
+        return len(self.expanded)
+
+    @property
+    def pending(self) -> NDArray[np.intp]:
+        """Indices of the vectors that wait for their product."""
+        return np.flatnonzero(~self.expanded)
+
+    @property
+    def full(self) -> bool:
+        """Whether the vectors span the whole of R^n."""
+        return self.rows == self.vectors.shape[1]
+
+    # --- growing ------------------------------------------------------------------------------------
+
+    def add(self, vector: Tensor) -> bool:
+        """Begin a chain with a given vector; False where it lies in the space already."""
+        return self._begin(vector, random=False)
+
+    def draw(self, seed: int, name: str) -> None:
+        """Begin a chain with a random vector, uniform on the sphere in what the space leaves out."""
+        n = self.vectors.shape[1]
+        while True:
+            normal = draw(generator(seed, name, self.draws), n, 1, "gaussian", device=self.vectors.device)
+            self.draws += 1
+            if self._begin(normal[:, 0], random=True):
+                return
+
+    def _begin(self, vector: Tensor, *, random: bool) -> bool:
+        x = vector.double()
+        length = float(torch.linalg.vector_norm(x))
+        if self.full or length == 0.0:
+            return False
+        x = x / length
+        _, rest = self._orthogonalise(x, 1.0)
+        if rest <= 1e3 * torch.finfo(self.vectors.dtype).eps:
+            return False
+        self._append(x / rest, depth=0, random=random)
+        return True
+
+    def expand(self, A: Operator, columns: NDArray[np.intp]) -> None:
+        """Multiply pending vectors by A, all in one product, and put what is new of it in their place.
+
+        Raises:
+            ValueError: if a product is not finite, or shows that A is not symmetric.
+        """
+        X = _product(A, self.vectors[torch.as_tensor(columns)])
+        self.matvecs += len(columns)
+        lengths = [float(length) for length in torch.linalg.vector_norm(X, dim=1)]
+        self.norm = max(self.norm, *lengths)
+        negligible = _ROUNDING * torch.finfo(A.dtype).eps * self.norm
+        before = self.rows
+        C = np.zeros((before + len(columns), len(columns)))
+        C[:before] = self._project(X)
+        rests = []
+        for i, column in enumerate(columns):
+            c, rest = self._orthogonalise(X[i], lengths[i], negligible)
+            C[: len(c), i] += c
+            if rest > negligible and not self.full:
+                C[self.rows, i] = rest
+                rests.append((X[i] / rest, column))
+                self._append(X[i] / rest, int(self.depth[column]) + 1, bool(self.random[column]))
+            else:
+                self.ended += int(self.random[column])
+        self._learn(columns, C[: self.rows], before)
+        self.deepest = max(self.deepest, int(self.depth[columns].max()) + 1)
+        self.expanded[columns] = True
+        if self.asymmetry > max(_SYMMETRIC, 100 * torch.finfo(A.dtype).eps) * self.norm:
+            raise ValueError(
+                f"the operator is not symmetric: u·Av and v·Au differ by {self.asymmetry / self.norm:.1e} of its "
+                "norm. This usually means that two products see different data or different dropout; "
+                "make the products deterministic, or pass (A + Aᵀ)/2"
+            )
+
+    def _learn(self, columns: NDArray[np.intp], C: Array, before: int) -> None:
+        """Enter the products' components; those with expanded vectors were known, from symmetry."""
+        known = np.flatnonzero(self.expanded[:before])
+        if len(known):
+            defect = C[known] - self.G[np.ix_(known, columns)]
+            self.asymmetry = max(self.asymmetry, float(np.sqrt((defect**2).sum(axis=0)).max()))
+        C[known] = self.G[np.ix_(known, columns)]
+        C[columns] = (C[columns] + C[columns].T) / 2
+        self.G[:, columns] = C
+        self.G[columns, :] = C.T
+        self._ritz = None
+
+    def _append(self, unit: Tensor, depth: int, random: bool) -> None:
+        self.vectors[self.rows] = unit
+        self.G = np.pad(self.G, ((0, 1), (0, 1)))
+        self.expanded = np.append(self.expanded, False)
+        self.depth = np.append(self.depth, depth)
+        self.random = np.append(self.random, random)
+        self._ritz = None
+
+    def _orthogonalise(self, x: Tensor, length: float, negligible: float = 0.0) -> tuple[Array, float]:
+        """Take the space out of x, in place, until nothing more of it is found; return what and the rest.
+
+        After a pass that removes little, x is orthogonal to rounding (Daniel, Gragg, Kaufman, Stewart 1976).
+        """
+        total = np.zeros(self.rows)
+        for _ in range(4):
+            total += self._project(x[None])[:, 0]
+            rest = float(torch.linalg.vector_norm(x))
+            if rest > 0.7 * length or rest <= negligible:
+                break
+            length = rest
+        return total, rest
+
+    def _project(self, X: Tensor) -> Array:
+        """Take the space out of the rows of X, in place; return the coefficients, shape (rows, len(X))."""
+        total = torch.zeros(self.rows, len(X), dtype=torch.float64, device=X.device)
+        for part in self._pieces():
+            total += self.vectors[: self.rows, part].double() @ X[:, part].T
+        for part in self._pieces():
+            X[:, part] -= total.T @ self.vectors[: self.rows, part].double()
+        return np.asarray(total.cpu())
+
+    def _pieces(self) -> Iterator[slice]:
+        """Cut the n components so that float64 copies stay small; float64 itself needs no copy."""
+        n = self.vectors.shape[1]
+        width = n if self.vectors.dtype == torch.float64 else max(1, _CHUNK // max(1, self.rows))
+        return (slice(start, start + width) for start in range(0, n, width))
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    def ritz(self) -> Ritz:
+        """Solve the small eigenproblem of T = Vᵀ A V."""
+        if self._ritz is None:
+            known = np.flatnonzero(self.expanded)
+            T = self.G[np.ix_(known, known)]
+            # Divided by a power of two: what is scaled by one gives the same bits, and nothing underflows.
+            scale = 2.0 ** np.frexp(np.abs(T).max(initial=0.0) or 1.0)[1]
+            values, S = np.linalg.eigh(T / scale)
+            self._ritz = Ritz(values * scale, S, self.G[np.ix_(self.pending, known)] @ S)
+        return self._ritz
+
+    def combine(self, S: Array, dtype: torch.dtype) -> Tensor:
+        """Return the vectors V S as columns, shape (n, S.shape[1])."""
+        known = torch.as_tensor(np.flatnonzero(self.expanded))
+        weights = torch.from_numpy(np.ascontiguousarray(S.T)).to(self.vectors.device)
+        out = torch.empty(self.vectors.shape[1], S.shape[1], dtype=dtype, device=self.vectors.device)
+        for part in self._pieces():
+            out[part] = (weights @ self.vectors[: self.rows, part][known].double()).T.to(dtype)
+        return out
+
+    def restart(self, keep: NDArray[np.intp]) -> None:
+        """Keep these Ritz vectors and the pending vectors only (Wu, Simon 2000, doi:10.1137/S0895479898334605)."""
+        ritz, pending = self.ritz(), self.pending
+        S, count = ritz.S[:, keep], len(keep)
+        known, ends = torch.as_tensor(np.flatnonzero(self.expanded)), torch.as_tensor(pending)
+        weights = torch.from_numpy(np.ascontiguousarray(S.T)).to(self.vectors.device)
+        for part in self._pieces():
+            block = self.vectors[: self.rows, part].clone()
+            self.vectors[:count, part] = (weights @ block[known].double()).to(block.dtype)
+            self.vectors[count : count + len(pending), part] = block[ends]
+        rows = count + len(pending)
+        self.G = np.zeros((rows, rows))
+        self.G[range(count), range(count)] = ritz.values[keep]
+        self.G[count:, :count] = ritz.coupling[:, keep]
+        self.G[:count, count:] = ritz.coupling[:, keep].T
+        self.depth = np.concatenate([np.zeros(count, np.int64), self.depth[pending]])
+        self.random = np.concatenate([np.zeros(count, bool), self.random[pending]])
+        self.expanded = np.arange(rows) < count
+        self._ritz = None
+
+    # --- storing ------------------------------------------------------------------------------------
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the state as arrays; only the vectors in use."""
+        kept = {name: np.array(getattr(self, name)) for name in _STORED}
+        capacity = np.array(len(self.vectors))
+        return {"vectors": self.vectors[: self.rows].cpu().numpy().copy(), "capacity": capacity, **kept}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any], device: torch.device | str = "cpu") -> Krylov:
+        """Return the state that `arrays` stored, in memory of its own."""
+        used = torch.from_numpy(np.array(arrays["vectors"], order="C"))
+        state = cls.empty(used.shape[1], int(arrays["capacity"]), used.dtype, torch.device(device))
+        state.vectors[: len(used)] = used
+        for name in _STORED:
+            value = np.array(arrays[name], order="C")
+            setattr(state, name, value if value.ndim else value.item())
+        return state
+
+
+_STORED = ("G", "expanded", "depth", "random", "norm", "asymmetry", "matvecs", "draws", "ended", "deepest")
+
+
+def _product(A: Operator, rows: Tensor) -> Tensor:
+    """Return A applied to each row, as float64 rows."""
+    block = rows.to(A.dtype)
+    out = A @ (block[0].clone() if len(block) == 1 else block.T.contiguous())
+    if out.numel() != rows.numel():
+        raise ValueError(
+            f"A @ V has shape {tuple(out.shape)} for V of shape {tuple(block.T.shape)}; allowed is the same"
+        )
+    X = out.detach().reshape(rows.shape[1], len(rows)).T.double().contiguous()
+    if not bool(torch.isfinite(X).all()):
+        raise ValueError(
+            "a product A @ v holds NaN or infinity. This usually means (a) the model has diverged, (b) an "
+            "operation without a finite second derivative (a square root at 0), or (c) overflow of a 16-bit "
+            "type: look at the loss and the gradient, or measure in float32"
+        )
+    return X
