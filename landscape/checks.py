@@ -13,25 +13,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from landscape import averages, guard, seeds, vectors
 from landscape import batches as batching
+from landscape import guard, product_checks
 from landscape.errors import Refused
 
 if TYPE_CHECKING:
     from landscape.problem import Problem
-
-# ‖h v‖ / (1 + ‖θ‖) of the reference differences. Steps over 1e-5 cross ReLU kinks; several steps tell a
-# kink (differences that do not settle) from a wrong product (differences that agree with each other).
-_STEPS = (1e-6, 1e-7, 1e-8)
-_STEPS_FLOAT32 = (1e-2, 3e-3, 1e-3)  # where the model cannot run in float64
-# A wrong second derivative is off by per cents (4 % for the mildest case known); differences in float64
-# are good to 1e-6.
-_PRODUCT_TOLERANCE = 1e-3
-_EXAMPLES = 8
-# Distance from θ, relative to 1 + ‖θ‖, at which products are checked: far beyond the steps above.
-_ASIDE = 1e-3
 
 
 class Need(enum.Enum):
@@ -55,10 +43,12 @@ class Report:
         repeat_difference: |L − L'| / |L| of two passes that start from different random states.
         additivity_error: relative difference between a batch's sum and that of its two parts (NaN where
             no batch could be cut).
-        product_error: ‖Hv − difference of gradients‖ / ‖Hv‖ on one micro-batch (NaN if not needed).
-        symmetry_error: |uᵀHv − vᵀHu| relative to its scale (NaN if not needed).
-        products: how products are made from here on, "autodiff" or "difference".
+        product_error: ‖Av − difference of gradients‖ / ‖Av‖ on one micro-batch (NaN if not checked), the
+            worse one where both H and G were checked.
+        symmetry_error: |uᵀAv − vᵀAu| relative to its scale (NaN if not checked).
+        products: how products are made from here on, "autodiff" or "difference"; "not needed" if not checked.
         reason: why not by autodiff, or what the check could not decide; empty if all is well.
+        product_checks: the last four for each matrix, "hessian" or "ggn", as plain values.
         data_fingerprint: of the batches as yielded.
     """
 
@@ -69,6 +59,7 @@ class Report:
     symmetry_error: float
     products: str
     reason: str
+    product_checks: dict[str, dict[str, Any]]
     data_fingerprint: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,12 +67,13 @@ class Report:
         return dataclasses.asdict(self)
 
 
-def run(problem: Problem, needs: frozenset[Need]) -> Report:
+def run(problem: Problem, needs: frozenset[Need], *, products: bool = True) -> Report:
     """Check determinism on all data, additivity on the first batches, and products on one micro-batch.
 
     Args:
         problem: what is to be measured.
         needs: what of it will be used; products are checked only if asked for.
+        products: False leaves products to be checked when the first one is made.
 
     Raises:
         Refused: with the cause, if a measurement would return a wrong number.
@@ -92,13 +84,9 @@ def run(problem: Problem, needs: frozenset[Need]) -> Report:
         loss, repeat, data = _determinism(problem)
         _require_no_bypass(problem)
         additivity = _additivity(problem)
-        products: str = problem.products if problem.products != "auto" else "autodiff"
-        error = symmetry = math.nan
-        reason = ""
-        asked = needs & {Need.HESSIAN, Need.GGN}
-        if asked:
-            error, symmetry, products, reason = _product_errors(problem, Need.GGN in asked)
-    return Report(loss, repeat, additivity, error, symmetry, products, reason, data)
+        asked = [need for need in (Need.HESSIAN, Need.GGN) if products and need in needs]
+        found = {need.value: problem.check_products(need.value) for need in asked}
+    return Report(loss, repeat, additivity, data_fingerprint=data, **product_checks.summary(found))
 
 
 def _determinism(problem: Problem) -> tuple[float, float, str]:
@@ -189,93 +177,3 @@ def _additivity(problem: Problem) -> float:
             "reduction='sum'; or examples influence each other (BatchNorm in training mode)."
         )
     return worst
-
-
-def _product_errors(problem: Problem, ggn: bool) -> tuple[float, float, str, str]:
-    """Return product error, symmetry error, the way products are made, and why."""
-    piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
-    try:
-        piece = batching.cut(piece, 0, min(batching.examples(piece), _EXAMPLES))
-        if problem.evaluator.weigh(piece) == 0:
-            piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
-    except ValueError:
-        pass
-    small = _off_kinks(_in_float64(problem, piece))
-    u, v = (
-        torch.randn(small.size, generator=seeds.generator(0, "check", i), dtype=torch.float64).to(small.dtype)
-        for i in range(2)
-    )
-    if problem.products == "difference":
-        return _settled(_differences(small, v, ggn)), math.nan, "difference", "asked for"
-    try:
-        V = torch.stack([u.to(small.device), v.to(small.device)], dim=1)
-        autodiff = small.replace(products="autodiff")
-        Au, Av = (autodiff.ggn_vp(V) if ggn else autodiff.hvp(V)).T
-    except RuntimeError as failure:
-        cause = str(failure).strip().splitlines()[0]
-        if problem.products == "autodiff":
-            raise Refused(
-                f"a layer has no second derivative: {cause}. Use products='auto' or 'difference'."
-            ) from failure
-        reason = f"a layer has no second derivative: {cause}"
-        return _settled(_differences(small, v, ggn)), math.nan, "difference", reason
-    references = _differences(small, v, ggn, first=True)
-    error, symmetry = _agreement(Au, Av, u, v, references)
-    if error > _PRODUCT_TOLERANCE:
-        references = _differences(small, v, ggn)
-        error, symmetry = _agreement(Au, Av, u, v, references)
-    if error <= _PRODUCT_TOLERANCE and symmetry <= _PRODUCT_TOLERANCE:
-        return error, symmetry, "autodiff", ""
-    if len(references) > 1 and symmetry <= _PRODUCT_TOLERANCE < _settled(references):
-        reason = (
-            "gradient differences do not settle as the step shrinks (a kink at these parameters); "
-            "products are those of the smooth pieces"
-        )
-        return error, symmetry, "autodiff", reason
-    reason = (
-        f"autograd's second derivative is wrong here: off by {error:.1%} from gradient differences, "
-        f"asymmetric by {symmetry:.1%} (PyTorch's weight_norm is a known case)"
-    )
-    if problem.products == "autodiff":
-        raise Refused(f"{reason}. Use products='auto' or 'difference'.")
-    return error, symmetry, "difference", reason
-
-
-def _in_float64(problem: Problem, piece: Any) -> Problem:
-    """The problem on one micro-batch, in float64 where the model can run in it."""
-    small = problem.replace(data=[piece], microbatch=None)
-    return small.in_float64() or small
-
-
-def _off_kinks(small: Problem) -> Problem:
-    """Step aside from points where the gradient jumps.
-
-    Dead units, zero biases and ties of max-pooling put θ exactly on a kink, where differences and
-    derivatives differ and neither is wrong. Whether a layer's second derivative is right does not depend
-    on the point.
-    """
-    theta = small.parameters_vector()
-    d = torch.randn(small.size, generator=seeds.generator(0, "check", 2), dtype=torch.float64).to(theta)
-    return small.at(theta + d * (_ASIDE * (1 + theta.norm()) / d.norm()))
-
-
-def _differences(small: Problem, v: Tensor, ggn: bool, *, first: bool = False) -> list[Tensor]:
-    """Products by differences with each of the steps, or with the first alone."""
-    steps = _STEPS if small.dtype == torch.float64 else _STEPS_FLOAT32
-    product = averages.ggn_by_differences if ggn else averages.hessian_by_differences
-    return [product(small, v, step) for step in (steps[:1] if first else steps)]
-
-
-def _agreement(Au: Tensor, Av: Tensor, u: Tensor, v: Tensor, references: list[Tensor]) -> tuple[float, float]:
-    """Error of Av against the nearest reference, and asymmetry, both relative."""
-    u, v = u.to(Au.device), v.to(Au.device)
-    error = min(vectors.relative_difference(Av, reference) for reference in references)
-    # uᵀAv of random u is about ‖u‖‖Av‖/√n; that is the scale on which a defect shows.
-    scale = max(float(u.norm() * Av.norm()), float(v.norm() * Au.norm())) / math.sqrt(u.numel())
-    asymmetry = abs(float(u @ Av - v @ Au)) / scale if scale > 0 else 0.0
-    return error, asymmetry
-
-
-def _settled(references: list[Tensor]) -> float:
-    """How far neighbouring steps agree, relative: small for a smooth gradient, large at a kink."""
-    return min(vectors.relative_difference(a, b) for a, b in itertools.pairwise(references))

@@ -12,18 +12,22 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from landscape import arguments, averages, checks, vectors
+from landscape import arguments, averages, checks, product_checks, vectors
 from landscape import batches as batching
 from landscape.batches import Batches
 from landscape.errors import Refused
 from landscape.evaluator import Evaluator
 from landscape.kernels import NONE, Kernels, choose, layout_failed
+from landscape.product_checks import Matrix, ProductCheck
 
 Reduction = Literal["mean", "sum"]
 Mode = Literal["eval", "train"]
 Products = Literal["auto", "autodiff", "difference"]
 
 _Product = Callable[["Problem", Tensor], Tensor]
+
+# Changes of a problem that leave open nothing about how its products are made.
+_SAME_PRODUCTS = {"data", "microbatch", "weight", "reduction"}
 
 
 @dataclass
@@ -69,7 +73,7 @@ class Problem:
         microbatch: the most examples in one pass (default: the batches as they come).
         products: how curvature products are made: "autodiff" (reverse over reverse), "difference"
             (central differences of gradients, for layers without a right second derivative), or "auto":
-            `check()` decides.
+            by autodiff where that is right, which the first product finds out (`check()` tells).
         kernels: "auto" makes products with all cheaper kernels that are exact on this machine, "none" with
             PyTorch's own; or a choice of `landscape.kernels.Kernels`. Attribute `kernels` says what is on.
 
@@ -122,6 +126,7 @@ class Problem:
         self._whole: Self | None = None  # what this problem was cut out of by `only`
         self._fixed: dict[str, Tensor] = {}  # moved parameters that are not measured
         self._double: Self | None = None
+        self._found: dict[str, ProductCheck] = {}
         self.cost = Cost()
 
     # --- what is measured -------------------------------------------------------------------------
@@ -148,6 +153,16 @@ class Problem:
         """The kernels as plain values, None as long as no product was made."""
         return self._kernels[0].as_dict() if self._kernels else None
 
+    @property
+    def product_checks(self) -> dict[str, ProductCheck]:
+        """What is known of products with each matrix, "hessian" and "ggn"."""
+        return dict(self._found)
+
+    @property
+    def products_in_use(self) -> str:
+        """How products are made: as asked for; else as was found out, "not needed" as long as none was made."""
+        return self.products if self.products != "auto" else product_checks.summary(self._found)["products"]
+
     def parameters_vector(self) -> Tensor:
         """θ as one vector (n,), the order of `torch.nn.utils.parameters_to_vector`."""
         return self.space.flatten(leaf.detach() for leaf in self.leaves())
@@ -172,7 +187,7 @@ class Problem:
         Raises:
             ValueError: if V does not have n rows.
         """
-        return self._product(V, averages.hessian_by_autodiff, averages.hessian_by_differences)
+        return self._product(V, "hessian", averages.hessian_by_autodiff, averages.hessian_by_differences)
 
     def ggn_vp(self, V: Tensor) -> Tensor:
         """G V with G the generalized Gauss-Newton matrix, mean of Jᵀ(∂²ℓ/∂f²)J; V is (n,) or (n, k).
@@ -182,7 +197,7 @@ class Problem:
             ValueError: if V does not have n rows.
         """
         self.require_outputs("the generalized Gauss-Newton matrix")
-        return self._product(V, averages.ggn_by_autodiff, averages.ggn_by_differences)
+        return self._product(V, "ggn", averages.ggn_by_autodiff, averages.ggn_by_differences)
 
     def empirical_fisher_vp(self, V: Tensor) -> Tensor:
         """E V with E = Σ_i w_i g_i g_iᵀ / Σ_i w_i over the examples' gradients g_i; V is (n,) or (n, k).
@@ -317,7 +332,15 @@ class Problem:
                 )
             new = new.at(self._vector)
             new._buffers = self._buffers
+        if changes.keys() <= _SAME_PRODUCTS:
+            new._found = self._found
         new.cost = self.cost
+        return new
+
+    def knowing(self, found: Mapping[str, ProductCheck]) -> Self:
+        """The same problem with a knowledge of its own of how products are made, and this to begin with."""
+        new = self.replace()
+        new._found = dict(found)
         return new
 
     def on(self, data: Any) -> Self:
@@ -362,15 +385,28 @@ class Problem:
 
     # --- trust ------------------------------------------------------------------------------------
 
-    def check(self, needs: frozenset[checks.Need] = frozenset({checks.Need.VALUE})) -> checks.Report:
+    def check(
+        self, needs: frozenset[checks.Need] = frozenset({checks.Need.VALUE}), *, products: bool = True
+    ) -> checks.Report:
         """Find out whether this problem can be measured, and how products are to be made.
 
-        See `landscape.checks.run`.
+        Args:
+            needs: what of it will be used.
+            products: False leaves products to be checked when the first one is made.
 
         Raises:
             Refused: with the cause, if a measurement would return a wrong number.
         """
-        return checks.run(self, needs)
+        return checks.run(self, needs, products=products)
+
+    def check_products(self, matrix: Matrix) -> ProductCheck:
+        """Check products with a matrix, "hessian" or "ggn", and make them from here on as was found.
+
+        Raises:
+            Refused: if they are asked for by autodiff, which is wrong here.
+        """
+        self._found[matrix] = product_checks.run(self, matrix)
+        return self._found[matrix]
 
     def fingerprint(self) -> str:
         """A hash of θ, of the other parameters and of the buffers; 16 hexadecimal digits."""
@@ -421,14 +457,20 @@ class Problem:
         """The sum of all terms of these batches and the sum of their weights, in float64."""
         return self.evaluator.sums(data, self._named(self.leaves()), self._buffers)
 
-    def _product(self, V: Tensor, by_autodiff: _Product, by_differences: _Product) -> Tensor:
-        if self.products == "difference":
+    def _product(self, V: Tensor, matrix: Matrix, by_autodiff: _Product, by_differences: _Product) -> Tensor:
+        vectors.require_block(V, self.size)
+        if self._made_by(matrix) == "difference":
             wide = self if self.dtype == torch.float64 else self.in_float64() or self
             made = by_differences(wide, V).to(self.dtype)
         else:
             made = self._with_kernels(by_autodiff, V)
         self.cost.matvecs += V.shape[1] if V.ndim > 1 else 1
         return made
+
+    def _made_by(self, matrix: Matrix) -> str:
+        if self.products != "auto":
+            return self.products
+        return (self._found.get(matrix) or self.check_products(matrix)).products
 
     def _with_kernels(self, product: _Product, V: Tensor) -> Tensor:
         try:

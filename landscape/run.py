@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from landscape import results
+from landscape import product_checks, results
+from landscape.checks import Report
 from landscape.errors import Refused
 from landscape.metrics.base import MEMORY, Journal, Metric, State, evaluate
 from landscape.problem import Problem
@@ -89,26 +90,42 @@ def measure(
             _require_same(path, record, identity)
             if record.attrs.get("complete") and metric.units(record) is None:
                 return record.to_xarray()
-    report = problem.check(metric.needs()) if check else None
-    made_by = report.products if report else ("autodiff" if problem.products == "auto" else problem.products)
+    problem, report = _checked(metric, problem, record) if check else (_unchecked(problem), None)
+    _require_same_products(path, record, problem)
     if record is None:
-        record = Record(attrs={**identity, **_provenance(metric, problem), "products": made_by})
-        record.attrs["check"] = report.as_dict() if report else None
-    elif record.attrs["products"] != made_by:
-        raise Refused(
-            f"{path} was measured with {record.attrs['products']} products, now they are made by {made_by}; "
-            "measure under another name with out=..., or start anew with overwrite"
-        )
+        record = Record(attrs={**identity, **_provenance(metric, problem), "check": None})
+    if record.attrs["check"] is None:
+        record.attrs.update(check=report.as_dict() if report else None, products=problem.products_in_use)
     record.attrs.update(complete=False, exit_code=None)
     journal = _Journal(metric, path, identity, progress)
     try:
-        evaluate(
-            metric, problem.replace(products=made_by), seed, memory=memory, journal=journal, record=record
-        )
+        evaluate(metric, problem, seed, memory=memory, journal=journal, record=record)
     except BaseException:
         journal.keep(record)
         raise
     return record.to_xarray()
+
+
+def _checked(metric: Metric, problem: Problem, record: Record | None) -> tuple[Problem, Report]:
+    """Check the problem; what is known or stored of its products goes with it, else the first one is checked."""
+    before = record.attrs["check"] if record else None
+    # Where nothing is left to choose, a refusal comes before any work; so does one of what was not checked before.
+    eager = problem.products != "auto" or (record is not None and before is None)
+    problem = problem.knowing(product_checks.stored(before or {}))
+    return problem, problem.check(metric.needs(), products=eager)
+
+
+def _unchecked(problem: Problem) -> Problem:
+    return problem.replace(products="autodiff" if problem.products == "auto" else problem.products)
+
+
+def _require_same_products(path: Path | None, record: Record | None, problem: Problem) -> None:
+    before, now = record.attrs["products"] if record else "not needed", problem.products_in_use
+    if "not needed" not in {before, now} and before != now:
+        raise Refused(
+            f"{path} was measured with {before} products, now they are made by {now}; "
+            "measure under another name with out=..., or start anew with overwrite"
+        )
 
 
 def result_path(out: str | Path, metric: Metric) -> Path:

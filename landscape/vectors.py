@@ -119,11 +119,16 @@ def column_major(V: Tensor, size: int) -> Tensor:
     Raises:
         ValueError: for any other shape, or for a dtype that is not floating point.
     """
-    _require_block(V, size)
+    require_block(V, size)
     return V.reshape(size, -1).T.contiguous()
 
 
-def _require_block(V: Tensor, size: int) -> None:
+def require_block(V: Tensor, size: int) -> None:
+    """Refuse what is neither one vector (n,) nor a block (n, k).
+
+    Raises:
+        ValueError: for any other shape, or for a dtype that is not floating point.
+    """
     if V.ndim not in {1, 2} or V.shape[0] != size:
         raise ValueError(
             f"got a block of shape {tuple(V.shape)}; "
@@ -143,7 +148,7 @@ def aligned_pieces(V: Tensor, space: ParameterSpace) -> list[list[Tensor]]:
     Raises:
         ValueError: as `column_major`.
     """
-    _require_block(V, space.size)
+    require_block(V, space.size)
     if V.numel() == space.size:
         alone = space.split(V.reshape(-1).contiguous())
         return [[p if p.data_ptr() % _ALIGNMENT == 0 else p.clone() for p in alone]]

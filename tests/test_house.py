@@ -22,7 +22,7 @@ FLOORS = [
     {"batches", "convolution", "guard", "kernels", "losses", "strict", "tensors"},
     {"netcdf"},
     {"results"},
-    {"arguments", "products", "evaluator", "averages", "checks"},
+    {"arguments", "products", "evaluator", "averages", "product_checks", "checks"},
     {"problem"},
     {"uses"},
     {"capture", "example_norms", "output_curvature", "per_example"},
@@ -47,7 +47,7 @@ FLOORS = [
 ]
 # Within a floor, from the bottom up.
 ORDER = {
-    "products": 0, "evaluator": 0, "averages": 1, "checks": 2, "convolution": 0, "kernels": 1,
+    "products": 0, "evaluator": 0, "averages": 1, "product_checks": 2, "checks": 3, "convolution": 0, "kernels": 1,
     "testbeds.nets": 0, "testbeds.digits": 1, "testbeds.train": 1, "testbeds.golden": 2, "testbeds": 3,
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}

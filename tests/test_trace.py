@@ -128,7 +128,18 @@ class _Dense:
 
     def __init__(self, problem: landscape.Problem, H: torch.Tensor):
         self.hvp = lambda V: H @ V
-        for name in ("space", "size", "names", "dtype", "device", "cost", "session", "kernels_in_use"):
+        for name in (
+            "space",
+            "size",
+            "names",
+            "dtype",
+            "device",
+            "cost",
+            "session",
+            "products",
+            "kernels_in_use",
+            "products_in_use",
+        ):
             setattr(self, name, getattr(problem, name))
 
 

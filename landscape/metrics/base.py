@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from landscape import seeds
+from landscape import product_checks, seeds
 from landscape.checks import Need
 from landscape.problem import Problem
 from landscape.results import Record, Variable
@@ -323,13 +323,21 @@ class _charged:  # noqa: N801  (reads as a verb where it is used)
     def __exit__(self, *error: object) -> None:
         if error[0] is not None:
             return
-        self.record.attrs["kernels"] = self.problem.kernels_in_use
+        _note_products(self.record, self.problem)
         spent = {key: getattr(self.problem.cost, key) - count for key, count in vars(self.before).items()}
         seconds = time.perf_counter() - self.began
         for key, spent_now in {**spent, "wall_seconds": seconds}.items():
             unit, words = ("s", "time spent measuring") if key == "wall_seconds" else ("1", _COUNTED[key])
             before = self.record[key] if key in self.record else 0  # noqa: SIM401  (a Record is no dict)
             self.record.variables[key] = Variable((), np.asarray(before + spent_now), unit, words)
+
+
+def _note_products(record: Record, problem: Problem) -> None:
+    """Tell how products are made: known from the first one on, and stored with the first unit."""
+    record.attrs["kernels"] = problem.kernels_in_use
+    record.attrs["products"] = problem.products_in_use
+    if record.attrs.get("check") and problem.products == "auto":
+        record.attrs["check"].update(product_checks.summary(problem.product_checks))
 
 
 _COUNTED = {

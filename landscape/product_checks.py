@@ -1,0 +1,179 @@
+"""Whether products by autodiff are right, and how they are made where not.
+
+Some layers have no second derivative and some a wrong one: the first product of a problem is compared with
+differences of gradients, and what was found decides for all that follow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from landscape import averages, seeds, vectors
+from landscape import batches as batching
+from landscape.errors import Refused
+
+if TYPE_CHECKING:
+    from landscape.problem import Problem
+
+Matrix = Literal["hessian", "ggn"]
+
+# ‖h v‖ / (1 + ‖θ‖) of the reference differences. Steps over 1e-5 cross ReLU kinks; several steps tell a
+# kink (differences that do not settle) from a wrong product (differences that agree with each other).
+_STEPS = (1e-6, 1e-7, 1e-8)
+_STEPS_FLOAT32 = (1e-2, 3e-3, 1e-3)  # where the model cannot run in float64
+# A wrong second derivative is off by per cents (4 % for the mildest case known); differences in float64
+# are good to 1e-6.
+_PRODUCT_TOLERANCE = 1e-3
+_EXAMPLES = 8
+# Distance from θ, relative to 1 + ‖θ‖, at which products are checked: far beyond the steps above.
+_ASIDE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductCheck:
+    """How products with one matrix are made, and what checking them gave.
+
+    Attributes:
+        products: "autodiff" or "difference".
+        error: ‖Av − difference of gradients‖ / ‖Av‖; of differences, how far neighbouring steps agree.
+        symmetry: |uᵀAv − vᵀAu| relative to its scale; NaN for differences.
+        reason: why not by autodiff, or what could not be decided; empty if all is well.
+    """
+
+    products: str
+    error: float
+    symmetry: float
+    reason: str
+
+
+def summary(found: Mapping[str, ProductCheck]) -> dict[str, Any]:
+    """Sum up the checks of one or two matrices in plain values: the worst errors, and each check."""
+    made = {matrix: check.products for matrix, check in sorted(found.items())}
+    told = made if len(set(made.values())) > 1 else {}
+    reasons = [check.reason for _, check in sorted(found.items()) if check.reason]
+    return {
+        "product_error": _worst(check.error for check in found.values()),
+        "symmetry_error": _worst(check.symmetry for check in found.values()),
+        "products": ", ".join(f"{m} by {way}" for m, way in told.items())
+        or next(iter(made.values()), "not needed"),
+        "reason": "; ".join(dict.fromkeys(reasons)),
+        "product_checks": {matrix: dataclasses.asdict(check) for matrix, check in sorted(found.items())},
+    }
+
+
+def stored(check: Mapping[str, Any]) -> dict[str, ProductCheck]:
+    """Return the checks that `summary` told of."""
+    return {matrix: ProductCheck(**values) for matrix, values in check.get("product_checks", {}).items()}
+
+
+def _worst(errors: Iterable[float]) -> float:
+    return max((error for error in errors if not math.isnan(error)), default=math.nan)
+
+
+def run(problem: Problem, matrix: Matrix) -> ProductCheck:
+    """Compare products by autodiff with differences of gradients, and with themselves by symmetry.
+
+    On up to 8 examples, in float64 where the model can run in it, a little aside of θ.
+
+    Args:
+        problem: with `products=` "auto", which chooses; or with what is to be tried.
+        matrix: "hessian" or "ggn".
+
+    Raises:
+        Refused: if products are asked for by autodiff and autodiff is wrong here, or has no way.
+    """
+    small, V = _small(problem)
+    u, v = V.T
+    if problem.products == "difference":
+        return ProductCheck("difference", _settled(_differences(small, v, matrix)), math.nan, "asked for")
+    autodiff = small.replace(products="autodiff")
+    try:
+        Au, Av = (autodiff.ggn_vp(V) if matrix == "ggn" else autodiff.hvp(V)).T
+    except RuntimeError as failure:
+        reason = f"a layer has no second derivative: {str(failure).strip().splitlines()[0]}"
+        if problem.products == "autodiff":
+            raise Refused(f"{reason}. Use products='auto' or 'difference'.") from failure
+        return ProductCheck("difference", _settled(_differences(small, v, matrix)), math.nan, reason)
+    references = _differences(small, v, matrix, first=True)
+    error, symmetry = _agreement(Au, Av, u, v, references)
+    if error > _PRODUCT_TOLERANCE:
+        references = _differences(small, v, matrix)
+        error, symmetry = _agreement(Au, Av, u, v, references)
+    return _verdict(problem, error, symmetry, references)
+
+
+def _verdict(problem: Problem, error: float, symmetry: float, references: list[Tensor]) -> ProductCheck:
+    if error <= _PRODUCT_TOLERANCE and symmetry <= _PRODUCT_TOLERANCE:
+        return ProductCheck("autodiff", error, symmetry, "")
+    if len(references) > 1 and symmetry <= _PRODUCT_TOLERANCE < _settled(references):
+        reason = (
+            "gradient differences do not settle as the step shrinks (a kink at these parameters); "
+            "products are those of the smooth pieces"
+        )
+        return ProductCheck("autodiff", error, symmetry, reason)
+    reason = (
+        f"autograd's second derivative is wrong here: off by {error:.1%} from gradient differences, "
+        f"asymmetric by {symmetry:.1%} (PyTorch's weight_norm is a known case)"
+    )
+    if problem.products == "autodiff":
+        raise Refused(f"{reason}. Use products='auto' or 'difference'.")
+    return ProductCheck("difference", error, symmetry, reason)
+
+
+def _small(problem: Problem) -> tuple[Problem, Tensor]:
+    """A few examples of the problem, aside of θ, and two random vectors (n, 2)."""
+    piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
+    try:
+        few = batching.cut(piece, 0, min(batching.examples(piece), _EXAMPLES))
+        if problem.evaluator.weigh(few) > 0:
+            piece = few
+    except ValueError:
+        pass
+    small = problem.replace(data=[piece], microbatch=None)
+    small.cost = type(problem.cost)()  # what checking takes is no part of a measurement
+    small = _off_kinks(small.in_float64() or small)
+    draws = [
+        torch.randn(small.size, generator=seeds.generator(0, "check", i), dtype=torch.float64)
+        for i in range(2)
+    ]
+    return small, torch.stack(draws, dim=1).to(small.device, small.dtype)
+
+
+def _off_kinks(small: Problem) -> Problem:
+    """Step aside from points where the gradient jumps.
+
+    Dead units, zero biases and ties of max-pooling put θ exactly on a kink, where differences and
+    derivatives differ and neither is wrong. Whether a layer's second derivative is right does not depend
+    on the point.
+    """
+    theta = small.parameters_vector()
+    d = torch.randn(small.size, generator=seeds.generator(0, "check", 2), dtype=torch.float64).to(theta)
+    return small.at(theta + d * (_ASIDE * (1 + theta.norm()) / d.norm()))
+
+
+def _differences(small: Problem, v: Tensor, matrix: Matrix, *, first: bool = False) -> list[Tensor]:
+    """Products by differences with each of the steps, or with the first alone."""
+    steps = _STEPS if small.dtype == torch.float64 else _STEPS_FLOAT32
+    product = averages.ggn_by_differences if matrix == "ggn" else averages.hessian_by_differences
+    return [product(small, v, step) for step in (steps[:1] if first else steps)]
+
+
+def _agreement(Au: Tensor, Av: Tensor, u: Tensor, v: Tensor, references: list[Tensor]) -> tuple[float, float]:
+    """Error of Av against the nearest reference, and asymmetry, both relative."""
+    error = min(vectors.relative_difference(Av, reference) for reference in references)
+    # uᵀAv of random u is about ‖u‖‖Av‖/√n; that is the scale on which a defect shows.
+    scale = max(float(u.norm() * Av.norm()), float(v.norm() * Au.norm())) / math.sqrt(u.numel())
+    asymmetry = abs(float(u @ Av - v @ Au)) / scale if scale > 0 else 0.0
+    return error, asymmetry
+
+
+def _settled(references: list[Tensor]) -> float:
+    """How far neighbouring steps agree, relative: small for a smooth gradient, large at a kink."""
+    return min(vectors.relative_difference(a, b) for a, b in itertools.pairwise(references))
