@@ -49,6 +49,7 @@ class ExampleLoss:
         rows = vectors.aligned_pieces(V.to(self.problem.device, self.problem.dtype), space)
         with self.problem.session(), self.problem.evaluator.twice_differentiable():
             columns = [space.flatten(_filled(result, self.inputs)) for result in self._products(rows)]
+        self.problem.cost.matvecs += len(columns)
         return columns[0] if V.ndim == 1 else torch.stack(columns, dim=1)
 
     def _products(self, rows: list[list[Tensor]]) -> Iterator[products.Optional]:

@@ -183,6 +183,26 @@ def input_hessian(problem: Problem, example: int) -> Operator:
     return Operator((loss.size, loss.size), problem.dtype, problem.device, loss.hvp)
 
 
+def named(problem: Problem, curvature: str, *, layer: str | None = None, example: int = 0) -> Operator:
+    """A curvature matrix by its name.
+
+    Args:
+        problem: of which.
+        curvature: one of `CURVATURES`.
+        layer: only the diagonal block of these parameter tensors (a name or a pattern).
+        example: for "input_hessian", of which example.
+
+    Raises:
+        Refused: if the problem does not have that matrix.
+        ValueError: if no parameter is called so.
+    """
+    if curvature == "input_hessian":
+        if layer is not None:
+            raise ValueError(f"layer is {layer!r}, but the input Hessian has no parameters; leave it out")
+        return input_hessian(problem, example)
+    return CURVATURES[curvature](problem if layer is None else problem.only(layer))
+
+
 def _of(problem: Problem, product: Callable[[Tensor], Tensor]) -> Operator:
     return Operator((problem.size, problem.size), problem.dtype, problem.device, product)
 
@@ -193,3 +213,11 @@ def _require_alike(A: Operator, B: Operator) -> None:
             f"got operators of shape {A.shape} ({A.dtype}, {A.device}) and {B.shape} ({B.dtype}, {B.device}); a sum "
             "needs two alike"
         )
+
+
+CURVATURES: dict[str, Callable[[Problem], Operator]] = {
+    "hessian": hessian,
+    "ggn": ggn,
+    "fisher": fisher,
+    "empirical_fisher": empirical_fisher,
+}

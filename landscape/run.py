@@ -180,11 +180,11 @@ class _Journal(Journal):
         self.states[path] = block
         return found[0]
 
-    def save_state(self, block: range, state: State) -> None:
+    def save_state(self, block: range, state: Callable[[], State]) -> None:
         if self.path is not None and self.state_spacing.due():
             path = _state_path(self.path, block)
             with self.state_spacing:
-                results.write_state(path, state, {"key": self.key})
+                results.write_state(path, state(), {"key": self.key})
             self.states[path] = block
 
     def _write(self, record: Record) -> None:

@@ -105,9 +105,12 @@ class Krylov:
         return self._begin(vector, random=False)
 
     def draw(self, seed: int, name: str) -> None:
-        """Begin a chain with a random vector, uniform on the sphere in what the space leaves out."""
+        """Begin a chain with a random vector, uniform on the sphere in what the space leaves out.
+
+        The space must not be full.
+        """
         n = self.vectors.shape[1]
-        while True:
+        while not self.full:
             normal = draw(generator(seed, name, self.draws), n, 1, "gaussian", device=self.vectors.device)
             self.draws += 1
             if self._begin(normal[:, 0], random=True):
@@ -131,7 +134,7 @@ class Krylov:
         Raises:
             ValueError: if a product is not finite, or shows that A is not symmetric.
         """
-        X = _product(A, self.vectors[torch.as_tensor(columns)])
+        X = product(A, self.vectors[torch.as_tensor(columns)])
         self.matvecs += len(columns)
         lengths = [float(length) for length in torch.linalg.vector_norm(X, dim=1)]
         self.norm = max(self.norm, *lengths)
@@ -173,7 +176,9 @@ class Krylov:
 
     def _append(self, unit: Tensor, depth: int, random: bool) -> None:
         self.vectors[self.rows] = unit
-        self.G = np.pad(self.G, ((0, 1), (0, 1)))
+        G = np.zeros((self.rows + 1, self.rows + 1))
+        G[:-1, :-1] = self.G
+        self.G = G
         self.expanded = np.append(self.expanded, False)
         self.depth = np.append(self.depth, depth)
         self.random = np.append(self.random, random)
@@ -273,8 +278,12 @@ class Krylov:
 _STORED = ("G", "expanded", "depth", "random", "norm", "asymmetry", "matvecs", "draws", "ended", "deepest")
 
 
-def _product(A: Operator, rows: Tensor) -> Tensor:
-    """Return A applied to each row, as float64 rows."""
+def product(A: Operator, rows: Tensor) -> Tensor:
+    """Return A applied to each row, as float64 rows.
+
+    Raises:
+        ValueError: if the product has another shape or is not finite.
+    """
     block = rows.to(A.dtype)
     out = A @ (block[0].clone() if len(block) == 1 else block.T.contiguous())
     if out.numel() != rows.numel():

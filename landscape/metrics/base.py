@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import time
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -54,10 +55,12 @@ class Round:
         stop: units up to this index, exclusive, are wanted; those already done are kept.
         inputs: values that the round's units are measured at, by name, with the unit dimension first and
             one entry for each unit up to `stop` (refined grid points, say); stored with the result.
+        again: whether units that are done are measured anew (a smaller tolerance needs another solve).
     """
 
     stop: int
     inputs: Values = field(default_factory=dict)
+    again: bool = False
 
 
 class Journal:
@@ -72,8 +75,8 @@ class Journal:
     def load_state(self, block: range) -> State | None:
         """Return the saved state of a sequential block, if there is one."""
 
-    def save_state(self, block: range, state: State) -> None:
-        """Keep the state of a sequential block."""
+    def save_state(self, block: range, state: Callable[[], State]) -> None:
+        """Keep the state of a sequential block, which is made only where it is kept."""
 
 
 @dataclass(frozen=True)
@@ -167,22 +170,31 @@ class Metric(abc.ABC):
 class SequentialMetric(Metric):
     """A metric whose blocks advance step by step (Lanczos, ascent) and can stop between steps.
 
-    A state is a dict of arrays; what a step needs to know, random state included, is in it.
+    A state is a dict of arrays, or an object that `stored` turns into one and `restored` brings back, bit
+    for bit; what a step needs to know, random state included, is in it.
     """
 
     @abc.abstractmethod
     def start(
         self, problem: Problem, shared: Record, block: range, generators: Sequence[torch.Generator]
-    ) -> State:
+    ) -> Any:
         """Return the state before the first step."""
 
     @abc.abstractmethod
-    def step(self, problem: Problem, shared: Record, block: range, state: State) -> State:
+    def step(self, problem: Problem, shared: Record, block: range, state: Any) -> Any:
         """Return the state one step further."""
 
     @abc.abstractmethod
-    def result(self, problem: Problem, shared: Record, block: range, state: State) -> Values | None:
+    def result(self, problem: Problem, shared: Record, block: range, state: Any) -> Values | None:
         """Return the block's values, or None while it has to go on."""
+
+    def stored(self, state: Any) -> State:
+        """Turn a state into arrays."""
+        return dict(state)
+
+    def restored(self, problem: Problem, arrays: State) -> Any:  # noqa: ARG002  (objects need the device)
+        """Turn what `stored` gave back into a state."""
+        return arrays
 
     def measure(
         self, problem: Problem, shared: Record, block: range, generators: Sequence[torch.Generator]
@@ -200,20 +212,28 @@ class SequentialMetric(Metric):
     ) -> Values:
         """Run a block from its saved state, or from its start, to its end."""
         before = np.array(list(vars(problem.cost).values()))
-        state = journal.load_state(block)
-        if state is None:
-            begun = self.start(problem, shared, block, generators)
-            state = {key: np.array(value, order="C") for key, value in begun.items()}
+        stored = journal.load_state(block)
+        if stored is None:
+            state = _as_read_back(self.start(problem, shared, block, generators))
         else:  # what it cost so far belongs to the block, whoever paid
-            for key, count in zip(vars(problem.cost), state.pop(_SPENT), strict=True):
+            for key, count in zip(vars(problem.cost), stored.pop(_SPENT), strict=True):
                 setattr(problem.cost, key, getattr(problem.cost, key) + int(count))
+            state = self.restored(problem, stored)
         while (values := self.result(problem, shared, block, state)) is None:
-            stepped = self.step(problem, shared, block, state)
-            # As it would be read back: sums depend on the memory layout, in the last bit.
-            state = {key: np.array(value, order="C") for key, value in stepped.items()}
+            state = _as_read_back(self.step(problem, shared, block, state))
             spent = np.array(list(vars(problem.cost).values())) - before
-            journal.save_state(block, {**state, _SPENT: spent})
+            journal.save_state(block, functools.partial(self._to_store, state, spent))
         return values
+
+    def _to_store(self, state: Any, spent: np.ndarray) -> State:
+        return {**self.stored(state), _SPENT: spent}
+
+
+def _as_read_back(state: Any) -> Any:
+    """Lay out arrays as they would be read back: sums depend on the memory layout, in the last bit."""
+    if not isinstance(state, dict):
+        return state
+    return {key: np.array(value, order="C") for key, value in state.items()}
 
 
 def evaluate(
@@ -242,6 +262,7 @@ def evaluate(
     record = record or Record()
     with problem.session():
         if "block_size" not in record.attrs:
+            record.attrs["memory"] = memory
             with _charged(record, problem):
                 shared = metric.prepare(problem, seed)
             record.variables.update(shared.variables)
@@ -281,7 +302,7 @@ def _measure_open_blocks(
 def _open_round(metric: Metric, record: Record, following: Round) -> None:
     """Lengthen the unit dimension; what is not yet measured is NaN and not done."""
     stop = following.stop
-    if stop <= record.attrs["stop"]:
+    if stop <= record.attrs["stop"] and not following.again:
         raise RuntimeError(
             f"metric {metric.name!r} asked for {stop} units when {record.attrs['stop']} were done"
         )
@@ -291,13 +312,15 @@ def _open_round(metric: Metric, record: Record, following: Round) -> None:
             record.variables[name] = dataclasses.replace(variable, data=_lengthened(variable.data, stop))
     record.variables.update(following.inputs)
     record.attrs["stop"] = stop
+    if following.again:
+        record["done"][:] = False
 
 
 def _store(record: Record, block: range, values: Mapping[str, Variable]) -> None:
     for name, variable in values.items():
         if name not in record:
             empty = variable.data[:0]
-            empty = empty if empty.dtype.kind in "fU" else empty.astype(float)
+            empty = empty if empty.dtype.kind in "fUb" else empty.astype(float)
             stop = record.attrs["stop"]
             record.variables[name] = dataclasses.replace(variable, data=_lengthened(empty, stop))
         record[name][block.start : block.stop] = variable.data
