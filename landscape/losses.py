@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,9 +40,19 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.GaussianNLLLoss: "gaussian_nll_loss",
 }
 
-_OPTIONS = ("reduction", "ignore_index", "weight", "label_smoothing", "pos_weight", "log_input")
+_OPTIONS = ("reduction", "ignore_index", "weight", "label_smoothing", "pos_weight", "log_input", "full")
 # Losses that are -log p(target) of an exponential family whose natural parameters are the outputs.
 _LIKELIHOODS = {"cross_entropy", "binary_cross_entropy_with_logits", "mse_loss", "poisson_nll_loss"}
+
+_NORMALIZERS = {
+    "cross_entropy": (0.0, "categorical"),
+    "nll_loss": (0.0, "categorical"),
+    "binary_cross_entropy": (0.0, "Bernoulli"),
+    "binary_cross_entropy_with_logits": (0.0, "Bernoulli"),
+    "mse_loss": (math.log(math.pi) / 2, "Gaussian of variance 1/2"),
+    "l1_loss": (math.log(2.0), "Laplace of scale 1"),
+    "gaussian_nll_loss": (math.log(2 * math.pi) / 2, "Gaussian"),
+}
 
 
 def derived_weight(loss: Any, reduction: str) -> Callable[[Tensor], float] | None:
@@ -105,6 +116,24 @@ def no_likelihood(loss: Any) -> str:
     if not options.get("log_input", True):
         return f"this {name} takes rates, not their logarithms"
     return ""
+
+
+def normalizer(loss: Any) -> tuple[float, str]:
+    """Return what a loss lacks, per term, to be -ln p(target) in nats, and of which distribution.
+
+    A loss of the user's own is taken at its word. NaN, and why, for a loss that is no such thing.
+    """
+    name, options = describe(loss)
+    if name is None:
+        return 0.0, "a loss of your own, taken as -ln p(target)"
+    weighted = options.get("weight") is not None or options.get("pos_weight") is not None
+    if weighted or options.get("label_smoothing"):
+        return math.nan, f"{name} with weights or smoothed labels is none"
+    if name == "gaussian_nll_loss" and options.get("full"):
+        return 0.0, "Gaussian"
+    if name not in _NORMALIZERS:
+        return math.nan, f"{name} is none. Wrap the likelihood that is meant into a function of your own"
+    return _NORMALIZERS[name]
 
 
 def _count_indexed(target: Tensor, ignore_index: int, weight: Tensor | None) -> float:
