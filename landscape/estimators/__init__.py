@@ -3,15 +3,18 @@
 from landscape.estimators.eigen import EigenResult, eigsh
 from landscape.estimators.hutchinson import HutchinsonResult, hutchinson
 from landscape.estimators.hutchpp import hutchpp
+from landscape.estimators.power import PowerResult, power_iteration
 from landscape.estimators.probes import TraceEstimate
 from landscape.estimators.xtrace import xtrace
 
 __all__ = [
     "EigenResult",
     "HutchinsonResult",
+    "PowerResult",
     "TraceEstimate",
     "eigsh",
     "hutchinson",
     "hutchpp",
+    "power_iteration",
     "xtrace",
 ]
