@@ -30,7 +30,7 @@ class EigenResult:
         vectors: orthonormal columns, of the type of A, shape (n, k).
         residual_norms: ‖Av - θv‖, float64, shape (k,). By the Lanczos relation, without further products; in it
             are the rounding of the products, measured as the largest difference of u·Av and v·Au (at least
-            2 eps ‖A‖), and that of the sums, (4 + √matvecs) eps ‖A‖.
+            2 eps ‖A‖), and that of the sums, (8 + 2√matvecs) eps ‖A‖.
         converged: residual, sums taken as exact, <= max(rtol·|θ|, 10·eps·‖A‖), with eps that of the type of
             A; bool, shape (k,).
         matvecs: products with A that were spent.
@@ -206,27 +206,26 @@ class Lanczos:
         return columns
 
     def step(self, A: Operator, state: Krylov) -> Krylov:
-        """Make one product of A with all chains, or with those behind; the state is changed in place.
+        """Make one product of A with the ends of all chains; the state is changed in place.
 
         Raises:
             ValueError: if the product is not finite or shows that A is not symmetric.
         """
-        young = self._young(state)
-        if not len(state.pending) or (not len(young) and self._settled(state)):
+        idle = self._settled(state) or not len(state.pending)
+        if idle and not state.full and not self._growing(state):
             state.draw(self.seed, _STREAM)
-            young = self._young(state)
-        columns = young if len(young) else state.pending
-        if min(self.n, state.rows + len(columns)) > self.capacity:
-            places = np.searchsorted(state.pending, columns)
-            state.restart(self._kept(state, len(columns)))
-            columns = state.pending[places]
-        state.expand(A, columns)
+        # All chains go on, not the new one alone: rounding turns the ends of the others towards further
+        # copies once their space is nearly invariant, and the new one is orthogonal to them.
+        growing = len(state.pending)
+        if min(self.n, state.rows + growing) > self.capacity:
+            state.restart(self._kept(state, growing))
+        state.expand(A)
         return state
 
     def result(self, state: Krylov) -> EigenResult | None:
         """Return the pairs, or None while it has to go on."""
         everything = state.full and not len(state.pending)
-        done = self._settled(state) and self._enough_chains(state)
+        done = self._settled(state) and (not self.copies or self._complete(state))
         if not (done or everything or state.matvecs >= self.max_matvecs):
             return None
         ritz, chosen = state.ritz(), self._chosen(state)[::-1]
@@ -259,7 +258,7 @@ class Lanczos:
 
     def _stated(self, state: Krylov) -> Array:
         """Return the residuals that are reported: with the rounding of our own sums too."""
-        own = float(torch.finfo(self.storage).eps) * (4 + math.sqrt(state.matvecs)) * state.norm
+        own = float(torch.finfo(self.storage).eps) * (8 + 2 * math.sqrt(state.matvecs)) * state.norm
         return np.asarray(np.hypot(self._measured(state), own))
 
     def _settled(self, state: Krylov) -> bool:
@@ -271,24 +270,17 @@ class Lanczos:
 
     # --- chains -------------------------------------------------------------------------------------
 
-    def _young(self, state: Krylov) -> NDArray[np.intp]:
-        """Return the pending vectors whose chains are behind the longest."""
-        return state.pending[state.depth[state.pending] < max(state.deepest, self.least_depth)]
+    def _growing(self, state: Krylov) -> bool:
+        """Whether the last chain has not gone as far as the first ones had when it began."""
+        return bool(len(state.pending)) and state.steps < max(state.goal, self.least_depth)
 
-    def _enough_chains(self, state: Krylov) -> bool:
-        """Whether more random chains went their way than there are copies of an eigenvalue that matters."""
-        if not self.copies:
-            return True
-        ends = state.pending[state.random[state.pending]]
-        grown = state.depth[ends] >= max(state.deepest, self.least_depth)
-        return state.ended + int(grown.sum()) >= self._chains_needed(state)
-
-    def _chains_needed(self, state: Krylov) -> int:
+    def _complete(self, state: Krylov) -> bool:
+        """Whether there are more random chains, fully grown, than copies of an eigenvalue that matters."""
         values, radius = state.ritz().values, self._stated(state)
         downwards, upwards = np.arange(len(values))[::-1][: self.k], np.arange(len(values))[: self.k]
         ends = {"largest": [downwards], "smallest": [upwards], "both": [downwards, upwards]}[self.which]
         copies = max(_most_copies(values[end], radius[end]) for end in ends)
-        return copies + 1 if copies else int(self.least_depth > 0)
+        return (not copies or state.chains > copies) and not self._growing(state)
 
     def _kept(self, state: Krylov, growing: int) -> NDArray[np.intp]:
         """Return the Ritz pairs that survive a restart: those wanted, and the next ones to them."""

@@ -55,27 +55,25 @@ class Krylov:
         vectors: the vectors q_r as rows, shape (capacity, n); the first `rows` are in use.
         G: q_rᵀ A q_i where known, symmetric, shape (rows, rows).
         expanded: which vectors have been multiplied by A, shape (rows,).
-        depth: of a pending vector, the products along its chain, shape (rows,).
-        random: of a pending vector, whether its chain began with a random vector, shape (rows,).
         norm: the largest ‖A q‖ seen, a lower bound of ‖A‖.
         asymmetry: the largest ‖q_rᵀ A q_i - q_iᵀ A q_r‖ seen: the rounding of products.
         matvecs: products spent.
         draws: random vectors drawn.
-        ended: random chains that ended because nothing new was left of a product.
-        deepest: the most products along any chain.
+        chains: chains that began with a random vector.
+        steps: calls of `expand` since the last of them began.
+        goal: steps of the first chains until another was begun; 0 while there is none.
     """
 
     vectors: Tensor
     G: Array = field(default_factory=lambda: np.zeros((0, 0)))
     expanded: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
-    depth: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    random: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     norm: float = 0.0
     asymmetry: float = 0.0
     matvecs: int = 0
     draws: int = 0
-    ended: int = 0
-    deepest: int = 0
+    chains: int = 0
+    steps: int = 0
+    goal: int = 0
     _ritz: Ritz | None = None
 
     @classmethod
@@ -102,21 +100,6 @@ class Krylov:
 
     def add(self, vector: Tensor) -> bool:
         """Begin a chain with a given vector; False where it lies in the space already."""
-        return self._begin(vector, random=False)
-
-    def draw(self, seed: int, name: str) -> None:
-        """Begin a chain with a random vector, uniform on the sphere in what the space leaves out.
-
-        The space must not be full.
-        """
-        n = self.vectors.shape[1]
-        while not self.full:
-            normal = draw(generator(seed, name, self.draws), n, 1, "gaussian", device=self.vectors.device)
-            self.draws += 1
-            if self._begin(normal[:, 0], random=True):
-                return
-
-    def _begin(self, vector: Tensor, *, random: bool) -> bool:
         x = vector.double()
         length = float(torch.linalg.vector_norm(x))
         if self.full or length == 0.0:
@@ -125,35 +108,46 @@ class Krylov:
         _, rest = self._orthogonalise(x, 1.0)
         if rest <= 1e3 * torch.finfo(self.vectors.dtype).eps:
             return False
-        self._append(x / rest, depth=0, random=random)
+        self._append(x / rest)
         return True
 
-    def expand(self, A: Operator, columns: NDArray[np.intp]) -> None:
-        """Multiply pending vectors by A, all in one product, and put what is new of it in their place.
+    def draw(self, seed: int, name: str) -> None:
+        """Begin a chain with a random vector, uniform on the sphere in what the space leaves out.
+
+        The space must not be full.
+        """
+        n = self.vectors.shape[1]
+        begun = False
+        while not begun and not self.full:
+            normal = draw(generator(seed, name, self.draws), n, 1, "gaussian", device=self.vectors.device)
+            self.draws += 1
+            begun = self.add(normal[:, 0])
+        if self.expanded.any():
+            self.goal = self.goal or self.steps
+        self.chains, self.steps = self.chains + 1, 0
+
+    def expand(self, A: Operator) -> None:
+        """Multiply the pending vectors by A, all in one product, and put what is new of it in their place.
 
         Raises:
             ValueError: if a product is not finite, or shows that A is not symmetric.
         """
+        columns, before = self.pending, self.rows
         X = product(A, self.vectors[torch.as_tensor(columns)])
         self.matvecs += len(columns)
+        self.steps += 1
         lengths = [float(length) for length in torch.linalg.vector_norm(X, dim=1)]
         self.norm = max(self.norm, *lengths)
         negligible = _ROUNDING * torch.finfo(A.dtype).eps * self.norm
-        before = self.rows
         C = np.zeros((before + len(columns), len(columns)))
         C[:before] = self._project(X)
-        rests = []
-        for i, column in enumerate(columns):
+        for i in range(len(columns)):
             c, rest = self._orthogonalise(X[i], lengths[i], negligible)
             C[: len(c), i] += c
             if rest > negligible and not self.full:
                 C[self.rows, i] = rest
-                rests.append((X[i] / rest, column))
-                self._append(X[i] / rest, int(self.depth[column]) + 1, bool(self.random[column]))
-            else:
-                self.ended += int(self.random[column])
+                self._append(X[i] / rest)
         self._learn(columns, C[: self.rows], before)
-        self.deepest = max(self.deepest, int(self.depth[columns].max()) + 1)
         self.expanded[columns] = True
         if self.asymmetry > max(_SYMMETRIC, 100 * torch.finfo(A.dtype).eps) * self.norm:
             raise ValueError(
@@ -174,14 +168,12 @@ class Krylov:
         self.G[columns, :] = C.T
         self._ritz = None
 
-    def _append(self, unit: Tensor, depth: int, random: bool) -> None:
+    def _append(self, unit: Tensor) -> None:
         self.vectors[self.rows] = unit
         G = np.zeros((self.rows + 1, self.rows + 1))
         G[:-1, :-1] = self.G
         self.G = G
         self.expanded = np.append(self.expanded, False)
-        self.depth = np.append(self.depth, depth)
-        self.random = np.append(self.random, random)
         self._ritz = None
 
     def _orthogonalise(self, x: Tensor, length: float, negligible: float = 0.0) -> tuple[Array, float]:
@@ -250,8 +242,6 @@ class Krylov:
         self.G[range(count), range(count)] = ritz.values[keep]
         self.G[count:, :count] = ritz.coupling[:, keep]
         self.G[:count, count:] = ritz.coupling[:, keep].T
-        self.depth = np.concatenate([np.zeros(count, np.int64), self.depth[pending]])
-        self.random = np.concatenate([np.zeros(count, bool), self.random[pending]])
         self.expanded = np.arange(rows) < count
         self._ritz = None
 
@@ -275,7 +265,7 @@ class Krylov:
         return state
 
 
-_STORED = ("G", "expanded", "depth", "random", "norm", "asymmetry", "matvecs", "draws", "ended", "deepest")
+_STORED = ("G", "expanded", "norm", "asymmetry", "matvecs", "draws", "chains", "steps", "goal")
 
 
 def product(A: Operator, rows: Tensor) -> Tensor:
