@@ -1,8 +1,21 @@
 """Matrix-free numerics: they know of an operator only its shape, dtype, device and `@`."""
 
+from landscape.estimators.density import PRESETS, DensityEstimate, density
 from landscape.estimators.hutchinson import HutchinsonResult, hutchinson
 from landscape.estimators.hutchpp import hutchpp
+from landscape.estimators.logdet import LogdetEstimate, logdet
 from landscape.estimators.probes import TraceEstimate
 from landscape.estimators.xtrace import xtrace
 
-__all__ = ["HutchinsonResult", "TraceEstimate", "hutchinson", "hutchpp", "xtrace"]
+__all__ = [
+    "PRESETS",
+    "DensityEstimate",
+    "HutchinsonResult",
+    "LogdetEstimate",
+    "TraceEstimate",
+    "density",
+    "hutchinson",
+    "hutchpp",
+    "logdet",
+    "xtrace",
+]
