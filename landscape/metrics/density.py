@@ -107,18 +107,13 @@ class Density(SequentialMetric):
 
     def block_size(self, problem: Problem, memory: int) -> int:
         """As many chains as fit, bases and all, into half of the memory."""
-        A = self._matrix(problem)
-        return max(
-            1,
-            min(
-                self._settings["probes"],
-                lanczos.chains_that_fit(A.shape[0], self._settings["steps"], A.dtype, memory // 2),
-            ),
-        )
+        A, settings = self._matrix(problem), self._settings
+        fits = lanczos.chains_that_fit(A.shape[0], settings["steps"], A.dtype, memory // 2)
+        return max(1, min(int(settings["probes"]), fits))
 
     def units(self, record: Record) -> Round | None:
         """All probes at once."""
-        wanted = self._settings["probes"]
+        wanted = int(self._settings["probes"])
         return Round(wanted) if record.attrs["stop"] < wanted else None
 
     def start(
@@ -232,10 +227,9 @@ def _placed(done: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def _outliers(found: DensityEstimate, atoms: np.ndarray) -> Values:
     """Name the eigenvalues beyond the bulk, those taken out among them, and where the bulk ends."""
     above, below = found.outliers.above, found.outliers.below
-    nodes = found.ritz_values[np.isfinite(found.ritz_values)]
-    # Chains that met an outlier less well have Ritz values between it and the bulk; they belong to neither.
-    inside = nodes[(nodes < above.min(initial=np.inf)) & (nodes > below.max(initial=-np.inf))]
-    inside = inside if len(inside) else nodes
+    # The i-th outlier is the i-th outermost node of each chain.
+    chains = [row[np.isfinite(row)] for row in found.ritz_values]
+    inside = np.concatenate([nodes[len(below) : len(nodes) - len(above)] for nodes in chains])
     beyond = atoms[(atoms > inside.max()) | (atoms < inside.min())]
     values = np.sort(np.concatenate([beyond, above, below]))[::-1]
     return {

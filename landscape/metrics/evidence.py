@@ -238,7 +238,7 @@ class Evidence(SequentialMetric):
         return self.method == "dense" or (self.method == "auto" and problem.size <= DENSE)
 
     def _logdet(self, record: Record, value: float) -> float:
-        return value + record.attrs["order"] * math.log(self.prior_precision)
+        return value + float(record.attrs["order"]) * math.log(self.prior_precision)
 
     def _noise(self, problem: Problem) -> float:
         if self.learning_rate is None or self.batch_size is None:
