@@ -18,7 +18,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     from landscape.metrics import base
 
-    for metric in base.registered().values():
-        if metric.__name__ == name:
-            return metric
+    # Ours first: what packages add is told by reading the list of every installed one.
+    for found in (base.shipped, base.registered):
+        for metric in found().values():
+            if metric.__name__ == name:
+                return metric
     raise AttributeError(f"landscape.metrics has no metric {name!r}")

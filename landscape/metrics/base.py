@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -24,6 +25,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -108,9 +110,8 @@ class Metric(abc.ABC):
         Raises:
             ValueError: naming the allowed ones.
         """
-        for key, hint in typing.get_type_hints(type(self)).items():
-            choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-            if choices and getattr(self, key) not in choices:
+        for key, choices in _choices(type(self)).items():
+            if getattr(self, key) not in choices:
                 allowed = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
                 raise ValueError(f"{key} is {getattr(self, key)!r}; allowed is {allowed}")
 
@@ -355,10 +356,18 @@ def registered() -> dict[str, type[Metric]]:
 
     A package adds one with an entry point in the group `landscape.metrics`.
     """
-    found = {m.name: m for module in _ours() for m in _metrics_of(importlib.import_module(module))}
+    found = dict(shipped())
     for point in importlib.metadata.entry_points(group="landscape.metrics"):
         found.setdefault(point.name, point.load())
     return dict(sorted(found.items()))
+
+
+@functools.cache
+def shipped() -> Mapping[str, type[Metric]]:
+    """Return the metrics of this package by name."""
+    here = pkgutil.iter_modules([str(Path(__file__).parent)])
+    modules = [importlib.import_module(f"{__package__}.{m.name}") for m in here if m.name != "base"]
+    return MappingProxyType({m.name: m for module in modules for m in _metrics_of(module)})
 
 
 def load(spec: str) -> type[Metric]:
@@ -398,9 +407,11 @@ def _from_file(path: Path, chosen: str) -> type[Metric]:
     return next(iter(candidates.values()))
 
 
-def _ours() -> list[str]:
-    here = pkgutil.iter_modules([str(Path(__file__).parent)])
-    return [f"{__package__}.{m.name}" for m in here if m.name != "base"]
+@functools.cache
+def _choices(metric: type[Metric]) -> dict[str, tuple[Any, ...]]:
+    """The fields that take one of several words, and these words."""
+    hints = typing.get_type_hints(metric).items()
+    return {key: typing.get_args(hint) for key, hint in hints if typing.get_origin(hint) is Literal}
 
 
 def _metrics_of(module: Any) -> list[type[Metric]]:
