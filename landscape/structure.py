@@ -244,7 +244,9 @@ def _slopes(problem: Problem, outputs: Any, piece: Any) -> tuple[list[Tensor], p
         detached.append(t.detach().requires_grad_())
         return detached[-1]
 
-    loss = problem.evaluator.loss_from(batching.tree_map(cut_off, outputs), problem.evaluator.target_of(piece))
+    loss = problem.evaluator.loss_from(
+        batching.tree_map(cut_off, outputs), problem.evaluator.target_of(piece)
+    )
     return detached, torch.autograd.grad(loss, detached, create_graph=True, allow_unused=True)
 
 
