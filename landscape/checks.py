@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import itertools
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,9 @@ from landscape.errors import Refused
 
 if TYPE_CHECKING:
     from landscape.problem import Problem
+
+# Examples that are taken one by one where terms of both signs may cancel.
+_SINGLES = 32
 
 
 class Need(enum.Enum):
@@ -90,9 +94,10 @@ def run(problem: Problem, needs: frozenset[Need], *, products: bool = True) -> R
 
 
 def _determinism(problem: Problem) -> tuple[float, float, str]:
-    first, data = _losses_and_fingerprint(problem)
+    # The first pass keeps the batches for all that follows, or takes those that were kept before.
+    first, data = _losses_and_fingerprint(problem, problem.batches)
     with guard.other_random_state():
-        second, data_again = _losses_and_fingerprint(problem)
+        second, data_again = _losses_and_fingerprint(problem, problem.batches.fresh())
     if data != data_again:
         raise Refused(
             "the data changed between two passes: a loader that shuffles (shuffle=True) or augments at random "
@@ -113,9 +118,9 @@ def _determinism(problem: Problem) -> tuple[float, float, str]:
     return first, difference, data
 
 
-def _losses_and_fingerprint(problem: Problem) -> tuple[float, str]:
+def _losses_and_fingerprint(problem: Problem, data: Iterable[Any]) -> tuple[float, str]:
     seen = batching.new_digest("")
-    total, weights = problem.sums(batching.hashed(problem.batches.fresh(), seen))
+    total, weights = problem.sums(batching.hashed(data, seen))
     return total / weights, seen.hexdigest()
 
 
@@ -154,7 +159,7 @@ def _require_no_bypass(problem: Problem) -> None:
 
 def _additivity(problem: Problem) -> float:
     """Cut batches in two: the sums of the parts must add up to the sum of the whole."""
-    worst = math.nan
+    worst, allowed = math.nan, 1e3 * torch.finfo(problem.dtype).eps
     for piece, _ in itertools.islice(problem.evaluator.pieces(problem.batches), 3):
         try:
             count = batching.examples(piece)
@@ -163,12 +168,8 @@ def _additivity(problem: Problem) -> float:
         if count < 2:
             continue
         middle = (count + 2) // 3
-        whole = problem.sums([piece])[0]
-        parts = [batching.cut(piece, 0, middle), batching.cut(piece, middle, count)]
-        summed = sum(problem.sums([part])[0] for part in parts if problem.evaluator.weigh(part) > 0)
-        error = abs(whole - summed) / max(abs(whole), abs(summed), torch.finfo(torch.float64).tiny)
+        error = _part_error(problem, piece, [(0, middle), (middle, count)], allowed)
         worst = error if math.isnan(worst) else max(worst, error)
-    allowed = 1e3 * torch.finfo(problem.dtype).eps
     if worst > allowed:
         raise Refused(
             f"the loss of a batch is not the sum of its parts (relative difference {worst:.2g}, allowed "
@@ -177,3 +178,30 @@ def _additivity(problem: Problem) -> float:
             "reduction='sum'; or examples influence each other (BatchNorm in training mode)."
         )
     return worst
+
+
+def _part_error(problem: Problem, piece: Any, cuts: list[tuple[int, int]], allowed: float) -> float:
+    """|sum of the whole − Σ sums of parts|, relative to Σ |sums of parts|.
+
+    Terms of both signs can cancel in a part. So where the parts seem not to add up, the size of the terms
+    is taken from single examples, provided that they add up themselves.
+    """
+    count, parts = cuts[-1][1], _part_sums(problem, piece, cuts)
+    gap, scale = abs(problem.sums([piece])[0] - sum(parts)), sum(map(abs, parts))
+    if gap <= allowed * scale or len(cuts) == count:
+        return gap / max(scale, torch.finfo(torch.float64).tiny)
+    few = min(count, _SINGLES)
+    singles = [(i, i + 1) for i in range(few)]
+    try:
+        alone = _part_error(problem, batching.cut(piece, 0, few), singles, allowed)
+        size = sum(map(abs, _part_sums(problem, piece, singles))) * count / few
+    except (RuntimeError, ValueError):  # BatchNorm in training mode refuses a single example
+        return gap / scale if scale else math.inf
+    if not (alone <= allowed and math.isfinite(size)):
+        return gap / scale if scale else math.inf
+    return max(alone, gap / max(scale, size))
+
+
+def _part_sums(problem: Problem, piece: Any, cuts: list[tuple[int, int]]) -> list[float]:
+    parts = [batching.cut(piece, start, stop) for start, stop in cuts]
+    return [problem.sums([part])[0] for part in parts if problem.evaluator.weigh(part) > 0]

@@ -12,13 +12,13 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-import h5netcdf
 import h5py
 import numpy as np
 
-from landscape import strict
+from landscape import scales, strict
 from landscape.atomic import ResultsError
 from landscape.record import FORMAT_ATTRIBUTES, NAME, Record, Variable
+from landscape.scales import Array
 
 SCHEMA_VERSION = 1
 _NUMBERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
@@ -49,10 +49,8 @@ def encode(record: Record, hashes: Mapping[str, str]) -> bytes:
         track_order=True,  # netCDF-4 wants it
     )
     with memory:
-        with h5netcdf.File(memory, "w") as file:
-            _write_attributes(file, record, hashes)
-            for name, variable in inside.items():
-                _write_variable(file, name, variable)
+        arrays = {name: _array(name, variable) for name, variable in inside.items()}
+        scales.write(memory, arrays, _attributes(record, hashes))
         memory.flush()
         image: bytes = memory.id.get_file_image()
     if len(image) > strict.FILE_LIMIT:
@@ -115,7 +113,7 @@ def _check_size(record: Record, inside: Mapping[str, Variable]) -> None:
         )
 
 
-def _write_attributes(file: Any, record: Record, hashes: Mapping[str, str]) -> None:
+def _attributes(record: Record, hashes: Mapping[str, str]) -> dict[str, np.ndarray]:
     large = {
         name: {"dims": v.dims, "units": v.units, "long_name": v.long_name, "blake2b": hashes[name]}
         for name, v in record.variables.items()
@@ -135,8 +133,7 @@ def _write_attributes(file: Any, record: Record, hashes: Mapping[str, str]) -> N
             f"the attributes have {size} bytes, more than the allowed {strict.ATTRIBUTE_LIMIT}; "
             f"make {largest} a variable"
         )
-    for name, value in values.items():
-        file.attrs[name] = value
+    return values
 
 
 def _stored(name: str, value: Any) -> tuple[np.ndarray, bool]:
@@ -166,22 +163,17 @@ def _is_plain(value: str) -> bool:
 
 
 def _fixed(value: str) -> np.ndarray:
-    """Return a text as HDF5 string of fixed length; h5netcdf gives a plain `str` a variable one."""
+    """Return a text as HDF5 string of fixed length; h5py gives a plain `str` a variable one."""
     raw = value.encode()
     return np.array(raw, dtype=h5py.string_dtype("utf-8", max(1, len(raw))))
 
 
-def _write_variable(file: Any, name: str, variable: Variable) -> None:
+def _array(name: str, variable: Variable) -> Array:
     data, dims, kind = _plain_array(name, variable)
-    for dim, size in zip(dims, data.shape, strict=True):
-        if dim not in file.dimensions:
-            file.dimensions[dim] = size
     texts = {"units": variable.units, "long_name": variable.long_name, "dims": json.dumps(variable.dims)}
     if not all(_is_plain(value) or not value for value in texts.values()):
         raise ValueError(f"units or long_name of {name} are not plain text: {texts}")
-    target = file.create_variable(name, dims, dtype=data.dtype, data=data)
-    for key, value in (texts | kind).items():
-        target.attrs[key] = _fixed(value)
+    return Array(data, dims, {key: _fixed(value) for key, value in (texts | kind).items()})
 
 
 def _plain_array(name: str, variable: Variable) -> tuple[np.ndarray, tuple[str, ...], dict[str, str]]:

@@ -10,6 +10,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ import numpy as np
 from landscape._version import __version__
 
 _GIT_SECONDS = 5.0  # a tree on a slow network drive must not hold up a measurement
+# --no-optional-locks: a look must not write into the user's repository.
+_GIT = ("git", "--no-optional-locks", "-c", "core.fsmonitor=false")
+_COMMIT = "# branch.oid "
 
 
 def provenance(directory: Path | None = None) -> dict[str, Any]:
@@ -33,7 +38,22 @@ def provenance(directory: Path | None = None) -> dict[str, Any]:
         "x86_64"), git_commit and git_dirty (None outside a git tree or without git; files that git does not
         know do not make a tree dirty), command (home directory as ~) and time (UTC).
     """
-    commit, dirty = _git_state(directory or Path())
+    with asked(directory) as answer:
+        return answer()
+
+
+@contextmanager
+def asked(directory: Path | None = None) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Ask git, and let it work while the caller does; what is yielded returns what `provenance` does.
+
+    Args:
+        directory: where to ask git; the current directory by default.
+    """
+    with _git_asked(directory or Path()) as state:
+        yield lambda: _known(*state())
+
+
+def _known(commit: str | None, dirty: bool | None) -> dict[str, Any]:
     return {
         "landscape_version": str(__version__),
         "python_version": platform.python_version(),
@@ -60,18 +80,40 @@ def _command() -> str:
     return re.sub(rf"(?<![^\s'\"=:,]){re.escape(home)}(?![^\s'\"/:,])", "~", command)
 
 
-def _git_state(directory: Path) -> tuple[str | None, bool | None]:
-    commit = _git(directory, "rev-parse", "--verify", "HEAD")
-    if commit is None:
+@contextmanager
+def _git_asked(directory: Path) -> Iterator[Callable[[], tuple[str | None, bool | None]]]:
+    """Start git; yield what waits for the commit and for whether tracked files differ from it.
+
+    None, None if git is not there, fails or takes too long; where it is only slow, the commit is known.
+    """
+    status = (*_GIT, "status", "--porcelain=v2", "--branch", "--untracked-files=no")
+    silent = subprocess.DEVNULL
+    try:
+        process = subprocess.Popen(status, cwd=directory, stdin=silent, stdout=subprocess.PIPE, stderr=silent)
+    except OSError:
+        yield lambda: (None, None)
+        return
+    with process:
+        try:
+            yield lambda: _git_state(process, directory)
+        finally:
+            process.kill()
+
+
+def _git_state(process: subprocess.Popen[bytes], directory: Path) -> tuple[str | None, bool | None]:
+    try:
+        printed, _ = process.communicate(timeout=_GIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return _git_commit(directory), None
+    lines = printed.decode(errors="replace").splitlines()
+    commit = "".join(line.removeprefix(_COMMIT) for line in lines if line.startswith(_COMMIT))
+    if process.returncode or not re.fullmatch("[0-9a-f]+", commit):  # "(initial)" before the first one
         return None, None
-    changes = _git(directory, "status", "--porcelain", "--untracked-files=no")
-    return commit.strip(), None if changes is None else bool(changes.strip())
+    return commit, any(not line.startswith("#") for line in lines)
 
 
-def _git(directory: Path, *arguments: str) -> str | None:
-    """Return what git prints; None if it is not there, fails or takes too long."""
-    # --no-optional-locks: a look must not write into the user's repository.
-    command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", *arguments]
+def _git_commit(directory: Path) -> str | None:
+    command = (*_GIT, "rev-parse", "--verify", "HEAD")
     try:
         done = subprocess.run(
             command,
@@ -83,4 +125,4 @@ def _git(directory: Path, *arguments: str) -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.decode(errors="replace")
+    return done.stdout.decode(errors="replace").strip()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from landscape import product_checks, results
+from landscape import product_checks, provenance, results
 from landscape.checks import Report
 from landscape.errors import Refused
 from landscape.metrics.base import MEMORY, Journal, Metric, State, evaluate
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Writing may take this share of the time (the file is rewritten whole).
 _WRITING_SHARE = 0.05
+# Seconds before the first writing: a measurement that is done by then is written once.
+_UNWRITTEN_SECONDS = 0.1
 # Exit codes of the command line, written into the run too: some launchers lose them.
 _TOLERANCE_MISSED, _INTERRUPTED = 4, 130
 
@@ -80,20 +82,24 @@ def measure(
     """
     memory = MEMORY if memory is None else memory
     path = None if out is None else result_path(out, metric)
-    identity = _identity(metric, problem, seed, memory)
-    record = None
+    record, identity = None, None
     if path is not None:
         results.clean_leftovers(path.parent)
         results.require_writable(path.parent)
         if path.exists() and not overwrite:
             record = results.read(path)
+            identity = _identity(metric, problem, seed, memory, problem.data_fingerprint())
             _require_same(path, record, identity)
             if record.attrs.get("complete") and metric.units(record) is None:
                 return record.to_xarray()
-    problem, report = _checked(metric, problem, record) if check else (_unchecked(problem), None)
-    _require_same_products(path, record, problem)
-    if record is None:
-        record = Record(attrs={**identity, **_provenance(metric, problem), "check": None})
+    with provenance.asked() as origin:  # git answers while the check runs
+        problem, report = _checked(metric, problem, record) if check else (_unchecked(problem), None)
+        _require_same_products(path, record, problem)
+        if identity is None:
+            data = report.data_fingerprint if report else problem.data_fingerprint()
+            identity = _identity(metric, problem, seed, memory, data)
+        if record is None:
+            record = Record(attrs={**identity, **_described(metric, problem, origin()), "check": None})
     if record.attrs["check"] is None:
         record.attrs.update(check=report.as_dict() if report else None, products=problem.products_in_use)
     record.attrs.update(complete=False, exit_code=None)
@@ -147,7 +153,7 @@ class _Journal(Journal):
         self.metric, self.path, self.tell = metric, path, progress
         same = {key: identity[key] for key in _SAME}
         self.key = hashlib.blake2b(json.dumps(same, sort_keys=True).encode(), digest_size=16).hexdigest()
-        self.spacing = _Spacing()
+        self.spacing = _Spacing(_UNWRITTEN_SECONDS)
         self.state_spacing = _Spacing()
         self.unwritten = False
         self.states: dict[Path, range] = {}
@@ -163,7 +169,9 @@ class _Journal(Journal):
     def keep(self, record: Record) -> None:
         """Write what is done, on the way out."""
         record.attrs["exit_code"] = _INTERRUPTED
-        if self.path is not None and self.unwritten and "block_size" in record.attrs:
+        # Also where all units are in the file: it does not say yet that this was an interruption.
+        open_end = self.unwritten or not record.attrs["complete"]
+        if self.path is not None and open_end and "block_size" in record.attrs:
             self._write(record)
 
     def progress(self, record: Record, done: int, total: int) -> None:
@@ -210,18 +218,18 @@ def _state_path(path: Path, block: range) -> Path:
 class _Spacing:
     """Tells when writing again keeps it under its share of the time; measures each writing."""
 
-    def __init__(self) -> None:
-        self.ended, self.took = -float("inf"), 0.0
+    def __init__(self, first_after: float = 0.0) -> None:
+        self.ended, self.wait = time.monotonic(), first_after
 
     def due(self) -> bool:
-        return time.monotonic() - self.ended >= self.took / _WRITING_SHARE
+        return time.monotonic() - self.ended >= self.wait
 
     def __enter__(self) -> None:
         self.began = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
         self.ended = time.monotonic()
-        self.took = self.ended - self.began
+        self.wait = (self.ended - self.began) / _WRITING_SHARE
 
 
 def _so_far(metric: Metric, record: Record) -> str:
@@ -233,7 +241,7 @@ def _so_far(metric: Metric, record: Record) -> str:
     return text if error is None else f"{text} ± {float(error.data):.2g}"
 
 
-def _identity(metric: Metric, problem: Problem, seed: int, memory: int) -> dict[str, Any]:
+def _identity(metric: Metric, problem: Problem, seed: int, memory: int, data: str) -> dict[str, Any]:
     """What makes two runs the same measurement."""
     return {
         "metric": metric.name,
@@ -241,7 +249,7 @@ def _identity(metric: Metric, problem: Problem, seed: int, memory: int) -> dict[
         "fixed_configuration": json.dumps(metric.configuration(without_demands=True), sort_keys=True),
         "seed": seed,
         "parameters_fingerprint": problem.fingerprint(),
-        "data_fingerprint": problem.data_fingerprint(),
+        "data_fingerprint": data,
         "dtype": str(problem.dtype).removeprefix("torch."),
         "device": problem.device.type,
         "mode": problem.mode,
@@ -280,10 +288,10 @@ def _require_same(path: Path, record: Record, identity: dict[str, Any]) -> None:
     record.attrs["configuration"] = identity["configuration"]
 
 
-def _provenance(metric: Metric, problem: Problem) -> dict[str, Any]:
+def _described(metric: Metric, problem: Problem, origin: dict[str, Any]) -> dict[str, Any]:
     return {
         "examples": problem.examples(),
-        **results.provenance(),
+        **origin,
         "torch_version": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "world_size": 1,

@@ -83,6 +83,35 @@ def test_a_mean_over_something_else_needs_a_weight() -> None:
     assert weighted.check(VALUE).additivity_error < 1e-5
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_terms_of_both_signs_may_cancel(reduction: str) -> None:
+    """A policy gradient's loss: its terms are of order 1, the sums of a batch and of its parts are rounding."""
+    x = data(3)[0].repeat(40, 1)
+    advantage = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0]).repeat(20)
+
+    def signed(f: Tensor, a: Tensor) -> Tensor:
+        terms = a * (f.log_softmax(1)[:, 0] + 0.3)
+        return terms.mean() if reduction == "mean" else terms.sum()
+
+    def squared(f: Tensor, a: Tensor) -> Tensor:
+        return signed(f, a) + 1e-3 * signed(f, a.abs()) ** 2
+
+    found = problem(loss=signed, data=[(x, advantage)], reduction=reduction, dtype=torch.float32)
+    assert found.check(VALUE).additivity_error < 1e-4
+    with pytest.raises(landscape.Refused, match="not the sum of its parts"):
+        problem(loss=squared, data=[(x, advantage)], reduction=reduction).check(VALUE)
+
+
+def test_a_loss_divided_by_the_spread_of_its_batch_is_refused() -> None:
+    """Of a single example the spread is 0 and the quotient huge: such terms are no scale for rounding."""
+
+    def standardized(f: Tensor, y: Tensor) -> Tensor:
+        return ((f[:, 0] - y) / (f[:, 0].std(correction=0) + 1e-8)).mean()
+
+    with pytest.raises(landscape.Refused, match="not the sum of its parts"):
+        problem(loss=standardized, weight=lambda batch: float(len(batch[1]))).check(VALUE)
+
+
 def test_a_sum_declared_as_mean_is_refused() -> None:
     def total(f: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(f, y, reduction="sum")

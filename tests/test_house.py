@@ -19,7 +19,7 @@ PACKAGE = ROOT / "landscape"
 FLOORS = [
     {"_version", "errors"},
     {"atomic", "provenance", "record", "seeds", "vectors"},
-    {"batches", "convolution", "guard", "kernels", "losses", "strict", "tensors"},
+    {"batches", "convolution", "guard", "kernels", "losses", "scales", "strict", "tensors"},
     {"netcdf"},
     {"results"},
     {"arguments", "products", "evaluator", "averages", "product_checks", "checks"},

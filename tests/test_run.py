@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import landscape
-from landscape import seeds
+from landscape import results, run, seeds
 from landscape.checks import Need
 from landscape.metrics import Trace, registry
 from landscape.metrics.base import Metric, Round, SequentialMetric, State, Values, setting
@@ -218,7 +218,10 @@ def test_interrupted_runs_end_as_uninterrupted_ones(metric: Metric, tmp_path: Pa
     ],
     ids=lambda m: m.name,
 )
-def test_killed_runs_go_on_and_end_bit_identical(metric: Metric, tmp_path: Path) -> None:
+def test_killed_runs_go_on_and_end_bit_identical(
+    metric: Metric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 0.0)  # these runs are too short to be written twice
     whole = landscape.measure(metric, small_problem())
     moments, kills = random.Random(0), 0
 
@@ -334,6 +337,49 @@ def test_the_file_says_what_was_measured(tmp_path: Path) -> None:
     assert stored.attrs["check"]["product_error"] < 1e-6
     assert int(stored["matvecs"]) == 83
     assert stored.attrs["examples"] == 20
+
+
+def test_the_loader_is_read_once_to_keep_and_once_to_compare(tmp_path: Path) -> None:
+    reads: list[int] = []
+    batches = list(small_problem().batches)
+
+    class Loader:
+        def __iter__(self) -> Iterator[object]:
+            reads.append(1)
+            yield from batches
+
+    def problem() -> landscape.Problem:
+        return small_problem().replace(data=Loader())
+
+    for options, expected in (({}, 2), ({"check": False}, 1), ({"out": tmp_path}, 2), ({"out": tmp_path}, 1)):
+        reads.clear()
+        landscape.measure(Trace(), problem(), **options)
+        assert len(reads) == expected, options
+    reads.clear()
+    landscape.measure(Trace(method="hutchinson", max_probes=20), problem(), out=tmp_path, overwrite=True)
+    landscape.measure(Trace(method="hutchinson", max_probes=40, rtol=0.0), problem(), out=tmp_path)
+    assert len(reads) == 2 + 2  # each has its own check
+
+
+def test_a_short_measurement_is_written_once_and_a_long_one_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[bool] = []
+    write = results.write
+
+    def counted(path: Path, record: Record) -> None:
+        written.append(bool(record.attrs["complete"]))
+        write(path, record)
+
+    monkeypatch.setattr(results, "write", counted)
+    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 60.0)
+    landscape.measure(Draws(), small_problem(), out=tmp_path / "short")
+    assert written == [True]
+    written.clear()
+    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 0.0)
+    landscape.measure(Draws(), small_problem(), out=tmp_path / "long")
+    assert written[0] is False
+    assert written[-1] is True
 
 
 def test_without_check_it_says_so() -> None:

@@ -103,9 +103,8 @@ class Metric(abc.ABC):
         Raises:
             ValueError: naming the allowed ones.
         """
-        for key, hint in typing.get_type_hints(type(self)).items():
-            choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-            if choices and getattr(self, key) not in choices:
+        for key, choices in _choices(type(self)).items():
+            if getattr(self, key) not in choices:
                 allowed = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
                 raise ValueError(f"{key} is {getattr(self, key)!r}; allowed is {allowed}")
 
@@ -368,3 +367,10 @@ _COUNTED = {
     "gradients": "gradients over all data",
     "values": "evaluations of the loss over all data",
 }
+
+
+@functools.cache
+def _choices(metric: type[Metric]) -> dict[str, tuple[Any, ...]]:
+    """The fields that take one of several words, and these words."""
+    hints = typing.get_type_hints(metric).items()
+    return {key: typing.get_args(hint) for key, hint in hints if typing.get_origin(hint) is Literal}

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import pkgutil
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,17 @@ def registered() -> dict[str, type[Metric]]:
 
     A package adds one with an entry point in the group `landscape.metrics`.
     """
-    found = {m.name: m for module in _ours() for m in _metrics_of(importlib.import_module(module))}
+    found = {m.name: m for module in _ours() for m in _metrics_of(_imported(module))}
     for point in importlib.metadata.entry_points(group="landscape.metrics"):
         found.setdefault(point.name, point.load())
     return dict(sorted(found.items()))
+
+
+def shipped_class(name: str) -> type[Metric] | None:
+    """Return the metric class of this package that is called so, from the file that is called like it."""
+    module = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+    found = getattr(_imported(module), name, None) if module in _ours() else None
+    return found if isinstance(found, type) and issubclass(found, Metric) else None
 
 
 def load(spec: str) -> type[Metric]:
@@ -65,7 +73,11 @@ def _from_file(path: Path, chosen: str) -> type[Metric]:
 
 def _ours() -> list[str]:
     here = pkgutil.iter_modules([str(Path(__file__).parent)])
-    return [f"{__package__}.{m.name}" for m in here if m.name not in {"base", "registry"}]
+    return [m.name for m in here if m.name not in {"base", "registry"}]
+
+
+def _imported(module: str) -> Any:
+    return importlib.import_module(f"{__package__}.{module}")
 
 
 def _metrics_of(module: Any) -> list[type[Metric]]:
