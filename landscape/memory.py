@@ -105,6 +105,11 @@ def plan(problem: Problem, memory: int, *, vector: int, block: int, products: bo
     return Plan(examples if cut else problem.microbatch, block, needed)
 
 
+def saved_per_example(problem: Problem) -> int:
+    """The bytes that autograd saves per example for a product."""
+    return _saved(problem, 1 << 62, products=True).each
+
+
 def machine_memory(device: torch.device) -> int:
     """Bytes of memory that the machine, its container or the device has, whether free or not."""
     if device.type == "cuda":
