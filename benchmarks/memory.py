@@ -44,7 +44,8 @@ def measure(task: str, vocabulary: int, width: int, layers: int, context: int) -
     def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
 
-    problem = landscape.Problem(model, loss, [(text[:, :-1], text[:, 1:])])
+    batch = (text[:, :-1], text[:, 1:])
+    problem = landscape.Problem(model, loss, [batch], products="autodiff")  # the product alone, unchecked
     unit = sum(p.numel() * p.element_size() for p in model.parameters())
     built = peak()
     began = time.perf_counter()

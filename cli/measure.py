@@ -21,6 +21,7 @@ from .problems import Request, Target
 from .progress import Reporter, emit, say
 
 if TYPE_CHECKING:
+    from landscape import Problem
     from landscape.metrics.base import Metric
 
 _FLAGS = "landscape_cli.metric_flags"
@@ -131,8 +132,19 @@ class _Run:
                 times = [_duration(_GRADIENTS_PER_PRODUCT * seconds * n) for n in (least, most)]
                 about = times[0] if least == most else f"{times[0]} to {times[1]}"
                 emit(f"  {name}: {counts} products, about {about} -> {path} ({state})")
+                emit(f"    {self._within_memory(metric, problem)}")
                 emit("    " + ", ".join(f"{key}={value}" for key, value in metric.configuration().items()))
         return 0
+
+    def _within_memory(self, metric: Metric, problem: Problem) -> str:
+        from landscape import memory, run
+        from landscape.metrics.base import MEMORY
+
+        allowed = MEMORY if self.options["memory"] is None else self.options["memory"]
+        plan = run.memory_plan(metric, problem, allowed, check=not self.options["no_check"])
+        cut = f"at most {plan.microbatch} examples" if plan.microbatch else "batches as they come"
+        about = "memory unknown" if plan.needed is None else f"about {memory.in_words(plan.needed)}"
+        return f"{cut}, {plan.block} vectors at once; {about} of {memory.in_words(allowed)} beside the model"
 
     def _targets(self) -> Iterator[tuple[Target, Path]]:
         for index, target in enumerate(self.request.targets(say)):

@@ -104,7 +104,8 @@ def _where() -> list[click.Option]:
         Flag("--overwrite", group=WHERE, is_flag=True,
              help="Start anew where another configuration, model or data was measured before."),
         Flag("--memory", group=WHERE, metavar="SIZE", callback=_memory,
-             help="What the measurement may use beside the model, for example 8GiB."),
+             help="What the measurement may use beside the model and its data; larger batches are cut to fit. "
+             "[default: 8GiB]"),
         Flag("--no-check", group=WHERE, is_flag=True,
              help="Skip the check of determinism and of second derivatives; the result says so."),
         Flag("--dry-run", group=WHERE, is_flag=True,

@@ -32,6 +32,9 @@ _STEPS_FLOAT32 = (1e-2, 3e-3, 1e-3)  # where the model cannot run in float64
 # are good to 1e-6.
 _PRODUCT_TOLERANCE = 1e-3
 _EXAMPLES = 8
+# Parameters beyond which one example in their own precision has to do, one vector at a time: the float64
+# copies would take more memory than the products that are checked.
+LARGE = 2**25
 # Distance from θ, relative to 1 + ‖θ‖, at which products are checked: far beyond the steps above.
 _ASIDE = 1e-3
 
@@ -80,7 +83,7 @@ def _worst(errors: Iterable[float]) -> float:
 def run(problem: Problem, matrix: Matrix) -> ProductCheck:
     """Compare products by autodiff with differences of gradients, and with themselves by symmetry.
 
-    On up to 8 examples, in float64 where the model can run in it, a little aside of θ.
+    On up to 8 examples, in float64 where the model can run in it and is not large, a little aside of θ.
 
     Args:
         problem: with `products=` "auto", which chooses; or with what is to be tried.
@@ -95,7 +98,8 @@ def run(problem: Problem, matrix: Matrix) -> ProductCheck:
         return ProductCheck("difference", _settled(_differences(small, v, matrix)), math.nan, "asked for")
     autodiff = small.replace(products="autodiff")
     try:
-        Au, Av = (autodiff.ggn_vp(V) if matrix == "ggn" else autodiff.hvp(V)).T
+        product = autodiff.ggn_vp if matrix == "ggn" else autodiff.hvp
+        Au, Av = product(V).T if small.size <= LARGE else (product(u), product(v))
     except RuntimeError as failure:
         reason = f"a layer has no second derivative: {str(failure).strip().splitlines()[0]}"
         if problem.products == "autodiff":
@@ -130,15 +134,18 @@ def _verdict(problem: Problem, error: float, symmetry: float, references: list[T
 def _small(problem: Problem) -> tuple[Problem, Tensor]:
     """A few examples of the problem, aside of θ, and two random vectors (n, 2)."""
     piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
+    large = problem.size > LARGE
+    # In float64 an example takes twice the memory for which a micro-batch was chosen.
+    most = 1 if large else min(_EXAMPLES, max(1, (problem.microbatch or 2 * _EXAMPLES) // 2))
     try:
-        few = batching.cut(piece, 0, min(batching.examples(piece), _EXAMPLES))
+        few = batching.cut(piece, 0, min(batching.examples(piece), most))
         if problem.evaluator.weigh(few) > 0:
             piece = few
     except ValueError:
         pass
     small = problem.replace(data=[piece], microbatch=None)
     small.cost = type(problem.cost)()  # what checking takes is no part of a measurement
-    small = _off_kinks(small.in_float64() or small)
+    small = _off_kinks(small if large else small.in_float64() or small)
     draws = [
         torch.randn(small.size, generator=seeds.generator(0, "check", i), dtype=torch.float64)
         for i in range(2)

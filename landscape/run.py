@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from landscape import memory as footprint
 from landscape import product_checks, provenance, results
-from landscape.checks import Report
+from landscape.checks import Need, Report
 from landscape.errors import Refused
-from landscape.metrics.base import MEMORY, Journal, Metric, State, evaluate
+from landscape.memory import Plan
+from landscape.metrics.base import MEMORY, Journal, Metric, State, evaluate, vector_bytes
 from landscape.problem import Problem
 from landscape.results import Record
 
@@ -71,13 +74,15 @@ def measure(
         overwrite: start anew instead of resuming or refusing.
         check: test first whether the problem can be measured (`Problem.check`).
         progress: called after each block of units.
-        memory: bytes that may be used beside the model; default 8 GiB.
+        memory: bytes that may be used beside the model and its data; default 8 GiB. Batches that need more
+            are cut, unless the problem was given a microbatch.
 
     Returns:
         The dataset: estimates, their errors, the values of all units, provenance in `attrs`.
 
     Raises:
-        Refused: if the problem fails its check, or the file holds another measurement.
+        Refused: if the problem fails its check, if one example needs more memory than is allowed, or if
+            the file holds another measurement.
         ResultsError: if the file cannot be read or written.
     """
     memory = MEMORY if memory is None else memory
@@ -92,24 +97,56 @@ def measure(
             _require_same(path, record, identity)
             if record.attrs.get("complete") and metric.units(record) is None:
                 return record.to_xarray()
+    stored = record.attrs.get("plan") if record else None
+    plan = Plan(**stored) if stored else memory_plan(metric, problem, memory, check=check)
+    given = problem
+    if plan.microbatch != problem.microbatch:
+        problem = problem.replace(microbatch=plan.microbatch)
     with provenance.asked() as origin:  # git answers while the check runs
         problem, report = _checked(metric, problem, record) if check else (_unchecked(problem), None)
         _require_same_products(path, record, problem)
         if identity is None:
             data = report.data_fingerprint if report else problem.data_fingerprint()
-            identity = _identity(metric, problem, seed, memory, data)
+            identity = _identity(metric, given, seed, memory, data)
         if record is None:
-            record = Record(attrs={**identity, **_described(metric, problem, origin()), "check": None})
+            chosen = {"plan": dataclasses.asdict(plan), "check": None}
+            record = Record(attrs={**identity, **_described(metric, problem, origin()), **chosen})
     if record.attrs["check"] is None:
         record.attrs.update(check=report.as_dict() if report else None, products=problem.products_in_use)
     record.attrs.update(complete=False, exit_code=None)
     journal = _Journal(metric, path, identity, progress)
     try:
-        evaluate(metric, problem, seed, memory=memory, journal=journal, record=record)
+        left = _memory_for_block(metric, problem, memory, plan)
+        evaluate(metric, problem, seed, memory=left, journal=journal, record=record)
     except BaseException:
         journal.keep(record)
         raise
     return record.to_xarray()
+
+
+def memory_plan(metric: Metric, problem: Problem, memory: int | None = None, *, check: bool = True) -> Plan:
+    """Choose micro-batch and block for a measurement within the memory; see `landscape.memory.plan`.
+
+    Args:
+        metric: what is to be measured.
+        problem: on what.
+        memory: bytes, default 8 GiB.
+        check: as for `measure`.
+
+    Raises:
+        Refused: if one example does not fit.
+    """
+    memory = MEMORY if memory is None else memory
+    return footprint.plan(
+        problem, memory, vector=vector_bytes(problem), block=metric.block_size(problem, memory),
+        products=bool(metric.needs() & {Need.HESSIAN, Need.GGN}), check=check,
+    )  # fmt: skip
+
+
+def _memory_for_block(metric: Metric, problem: Problem, memory: int, plan: Plan) -> int:
+    """The memory with which the metric chooses the plan's block."""
+    whole = plan.block == metric.block_size(problem, memory)
+    return memory if whole else 2 * plan.block * vector_bytes(problem)
 
 
 def _checked(metric: Metric, problem: Problem, record: Record | None) -> tuple[Problem, Report]:
@@ -118,7 +155,9 @@ def _checked(metric: Metric, problem: Problem, record: Record | None) -> tuple[P
     # Where nothing is left to choose, a refusal comes before any work; so does one of what was not checked before.
     eager = problem.products != "auto" or (record is not None and before is None)
     problem = problem.knowing(product_checks.stored(before or {}))
-    return problem, problem.check(metric.needs(), products=eager)
+    # A single example cannot be cut in two to see that the loss adds up.
+    whole = problem.replace(microbatch=2) if problem.microbatch == 1 else problem
+    return problem, whole.check(metric.needs(), products=eager)
 
 
 def _unchecked(problem: Problem) -> Problem:

@@ -27,7 +27,7 @@ FLOORS = [
     {"uses"},
     {"capture", "example_norms", "output_curvature", "per_example"},
     {"ggn_trace", "structure", "inputs"},
-    {"operators"},
+    {"memory", "operators"},
     {"estimators.calibration", "estimators.probes"},
     {"estimators.krylov"},
     {

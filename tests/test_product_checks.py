@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from landscape_cli.app import app
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -222,3 +224,72 @@ def test_wrong_products_that_are_asked_for_are_refused_before_anything_is_writte
             Trace(method="hutchinson"), normalized(products="autodiff"), out=path, overwrite=True
         )
     assert path.read_bytes() == before
+
+
+# --- layers that autograd differentiates once only -----------------------------------------------------
+
+
+class Once(torch.autograd.Function):
+    """tanh, whose backward pass is marked as having no derivative; products silently miss terms."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.tanh(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return g * (1 - y * y)
+
+
+class OnceTanh(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Once.apply(x)
+
+
+class Bag(nn.Module):
+    """Bags of the tokens that the signs of the inputs stand for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(10, 8, mode="mean")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.bag((x > 0).long() + 2 * torch.arange(5)))
+
+
+@pytest.mark.parametrize(
+    "layers", [(nn.Linear(5, 8), OnceTanh()), (Bag(),)], ids=["once_differentiable", "embedding_bag"]
+)
+def test_both_matrices_of_a_layer_without_second_derivative_are_made_by_differences(layers: Any) -> None:
+    p = problem(*layers, nn.Linear(8, 3))
+    plain = problem(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    v = torch.randn(p.size, generator=torch.Generator().manual_seed(4))
+    assert distance(landscape.hessian(p) @ v, by_differences(p, v[:, None])[:, 0]) < 1e-6
+    found = landscape.ggn(p) @ v
+    if len(layers) == 2:
+        assert distance(found, plain.replace(products="autodiff").ggn_vp(v)) < 1e-6
+    else:
+        assert float(v @ found) > 0
+    for check in p.product_checks.values():
+        assert check.products == "difference"
+        assert "second derivative" in check.reason
+
+
+def test_a_refusal_of_products_is_one_line_and_code_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_product_checks import normalized\n"
+        "def make(): return normalized(products='autodiff')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    command = ["measure", "--metric", "trace", "--problem", "mine.py:make", "--out", "runs/x"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 3
+    assert len([line for line in done.stderr.splitlines() if "second derivative is wrong" in line]) == 1
+    assert "Traceback" not in done.stderr

@@ -138,12 +138,8 @@ class Metric(abc.ABC):
         """Predict the fewest and the most curvature products (or other passes) that will be needed."""
 
     def block_size(self, problem: Problem, memory: int) -> int:
-        """Choose how many units are measured at once, from shapes and the stated memory alone.
-
-        A product holds per vector: the vector twice, its float64 sum, and the result.
-        """
-        per_vector = problem.size * (3 * problem.dtype.itemsize + 8)
-        return max(1, min(self.block, memory // (2 * per_vector)))
+        """Choose how many units are measured at once, from shapes and the stated memory alone."""
+        return max(1, min(self.block, memory // (2 * vector_bytes(problem))))
 
     def run_block(
         self,
@@ -163,6 +159,11 @@ class Metric(abc.ABC):
             for f in dataclasses.fields(self)
             if not (without_demands and f.metadata.get("grows"))
         }
+
+
+def vector_bytes(problem: Problem) -> int:
+    """What a product holds per vector: the vector twice, its float64 sum, and the result."""
+    return problem.size * (3 * problem.dtype.itemsize + 8)
 
 
 @dataclass(frozen=True)
