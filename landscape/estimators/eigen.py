@@ -212,13 +212,14 @@ class Lanczos:
             ValueError: if the product is not finite or shows that A is not symmetric.
         """
         idle = self._settled(state) or not len(state.pending)
-        if idle and not state.full and not self._growing(state):
-            state.draw(self.seed, _STREAM)
+        fresh = int(idle and not state.full and not self._growing(state))
         # All chains go on, not the new one alone: rounding turns the ends of the others towards further
         # copies once their space is nearly invariant, and the new one is orthogonal to them.
-        growing = len(state.pending)
-        if min(self.n, state.rows + growing) > self.capacity:
+        growing = len(state.pending) + fresh
+        if min(self.n, state.rows + fresh + growing) > self.capacity:
             state.restart(self._kept(state, growing))
+        if fresh:
+            state.draw(self.seed, _STREAM)
         state.expand(A)
         return state
 
@@ -253,7 +254,7 @@ class Lanczos:
 
     def _measured(self, state: Krylov) -> Array:
         """Return the residuals of all Ritz pairs, with the rounding of the products as far as it showed."""
-        noise = max(state.asymmetry, 2 * self.eps * state.norm)
+        noise = max(state.rounding, 2 * self.eps * state.norm)
         return np.asarray(np.hypot(state.ritz().residuals, noise))
 
     def _stated(self, state: Krylov) -> Array:
@@ -285,11 +286,11 @@ class Lanczos:
     def _kept(self, state: Krylov, growing: int) -> NDArray[np.intp]:
         """Return the Ritz pairs that survive a restart: those wanted, and the next ones to them."""
         count = int(state.expanded.sum())
-        room = self.capacity - len(state.pending) - growing
+        room = self.capacity - 2 * growing
         if room < self.wanted:
             raise ValueError(
                 f"the basis holds {self.capacity} vectors, too few for {self.wanted} eigenpairs and "
-                f"{len(state.pending)} chains (an eigenvalue with many copies needs as many); "
+                f"{growing} chains (an eigenvalue with many copies needs as many); "
                 "raise memory, or ask for fewer pairs"
             )
         keep = min(count, self.wanted + int(_KEPT * (room - self.wanted)))

@@ -56,7 +56,8 @@ class Krylov:
         G: q_rᵀ A q_i where known, symmetric, shape (rows, rows).
         expanded: which vectors have been multiplied by A, shape (rows,).
         norm: the largest ‖A q‖ seen, a lower bound of ‖A‖.
-        asymmetry: the largest ‖q_rᵀ A q_i - q_iᵀ A q_r‖ seen: the rounding of products.
+        rounding: the largest error of a product that showed: ‖q_rᵀ A q_i - q_iᵀ A q_r‖ over expanded r, or a rest
+            too small to begin a vector.
         matvecs: products spent.
         draws: random vectors drawn.
         chains: chains that began with a random vector.
@@ -68,7 +69,7 @@ class Krylov:
     G: Array = field(default_factory=lambda: np.zeros((0, 0)))
     expanded: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     norm: float = 0.0
-    asymmetry: float = 0.0
+    rounding: float = 0.0
     matvecs: int = 0
     draws: int = 0
     chains: int = 0
@@ -147,11 +148,13 @@ class Krylov:
             if rest > negligible and not self.full:
                 C[self.rows, i] = rest
                 self._append(X[i] / rest)
+            else:
+                self.rounding = max(self.rounding, rest)
         self._learn(columns, C[: self.rows], before)
         self.expanded[columns] = True
-        if self.asymmetry > max(_SYMMETRIC, 100 * torch.finfo(A.dtype).eps) * self.norm:
+        if self.rounding > max(_SYMMETRIC, 100 * torch.finfo(A.dtype).eps) * self.norm:
             raise ValueError(
-                f"the operator is not symmetric: u·Av and v·Au differ by {self.asymmetry / self.norm:.1e} of its "
+                f"the operator is not symmetric: u·Av and v·Au differ by {self.rounding / self.norm:.1e} of its "
                 "norm. This usually means that two products see different data or different dropout; "
                 "make the products deterministic, or pass (A + Aᵀ)/2"
             )
@@ -161,7 +164,7 @@ class Krylov:
         known = np.flatnonzero(self.expanded[:before])
         if len(known):
             defect = C[known] - self.G[np.ix_(known, columns)]
-            self.asymmetry = max(self.asymmetry, float(np.sqrt((defect**2).sum(axis=0)).max()))
+            self.rounding = max(self.rounding, float(np.sqrt((defect**2).sum(axis=0)).max()))
         C[known] = self.G[np.ix_(known, columns)]
         C[columns] = (C[columns] + C[columns].T) / 2
         self.G[:, columns] = C
@@ -265,7 +268,7 @@ class Krylov:
         return state
 
 
-_STORED = ("G", "expanded", "norm", "asymmetry", "matvecs", "draws", "chains", "steps", "goal")
+_STORED = ("G", "expanded", "norm", "rounding", "matvecs", "draws", "chains", "steps", "goal")
 
 
 def product(A: Operator, rows: Tensor) -> Tensor:
