@@ -3,19 +3,22 @@
     python benchmarks/peers_worker.py PEER PROBLEM FOLDER THREADS CLOCK
 
 It runs in the environment of the peer, and is started by `peers.py`. Requests: {"do": "setup"}, "gradient",
-"product", "block", or {"do": "draw", "method": ..., "matvecs": ..., "seed": ...}. Answers hold "seconds", and
-"values", the estimates of the trace, and "taken", their products where the method chose them; or "error".
+"product", "block", {"do": "draw", "method": ..., "matvecs": ..., "seed": ...}, or {"do": "eigenpairs",
+"method": ..., "seed": ..., "path": ...}. Answers hold "seconds", and "values", the estimates of the trace, and
+"taken", the products that were made where the method chose them; or "error". Eigenpairs are written to "path".
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,7 +33,10 @@ from landscape.seeds import generator
 
 BLOCK = 16
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+PAIRS = 10
+GUESSES = (20, 24, 28, 32, 40)  # numbers of iterations that a user of hessian-eigenthings may hit on
 Draw = Callable[[int, int], list[float]]  # (matvecs, seed) -> estimates of the trace
+Pairs = Callable[[int], tuple[Any, Tensor]]  # seed -> the 10 largest eigenvalues, eigenvectors as columns
 
 
 class Worker:
@@ -45,7 +51,17 @@ class Worker:
         self.V = torch.randint(0, 2, size, generator=generator(0, "peers vector", 0)).float() * 2 - 1
         self.v = self.V[:, 0].contiguous()
         self.draws: dict[str, Draw] = {}
-        self.taken: int | None = None  # products of the last draw, where the method chose them
+        self.pairs: dict[str, Pairs] = {}
+        self.taken: int | None = None  # products of the last task, where the method chose them
+
+    def counted(self, product: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a product that counts its calls."""
+
+        def call(*arguments: Any) -> Any:
+            self.taken = (self.taken or 0) + 1
+            return product(*arguments)
+
+        return call
 
     def around(self) -> contextlib.AbstractContextManager[None]:
         """What a user of the peer has to put around it so that it runs on this network at all."""
@@ -81,6 +97,10 @@ class PyHessian(Worker):
         data = (self.case.inputs, self.case.targets)
         self.hessian = hessian(self.case.model, self.case.loss, data=data, cuda=False)
         self.draws = {"hutchinson": self.hutchinson, "own stop": self.own_stop}
+        self.pairs = {
+            "defaults": self.power,
+            "tol 1e-9": lambda seed: self.power(seed, 1e-9),
+        }
 
     def product(self) -> float:
         from pyhessian.utils import hessian_vector_product
@@ -101,6 +121,18 @@ class PyHessian(Worker):
         samples = self.hessian.trace()
         self.taken = len(samples)
         return [sum(samples) / len(samples)]
+
+    def power(self, seed: int, tol: float = 1e-3) -> tuple[Any, Tensor]:
+        # `import pyhessian.hessian as module` would give the class of that name.
+        module = importlib.import_module("pyhessian.hessian")
+        torch.manual_seed(seed)
+        plain = module.hessian_vector_product
+        module.hessian_vector_product = self.counted(plain)
+        try:
+            values, vectors = self.hessian.eigenvalues(tol=tol, top_n=PAIRS)
+        finally:
+            module.hessian_vector_product = plain
+        return values, torch.stack([torch.cat([piece.flatten() for piece in v]) for v in vectors], dim=1)
 
 
 class _Columns:
@@ -131,6 +163,17 @@ class Curvlinops(Worker):
         functions = {"hutch++": hutchpp_trace, "xtrace": xtrace}
         self.draws = {name: self._seeded(function) for name, function in functions.items()}
         self.draws["hutchinson"] = self.hutchinson
+        self.pairs = {"scipy eigsh": self.arpack}
+
+    def arpack(self, seed: int) -> tuple[Any, Tensor]:
+        import numpy as np
+        from scipy.sparse.linalg import LinearOperator, eigsh
+
+        H = self.operator.operator.to_scipy()
+        A = LinearOperator(H.shape, matvec=self.counted(H.matvec), dtype=H.dtype)
+        v0 = np.random.default_rng(seed).normal(size=H.shape[0])
+        values, vectors = eigsh(A, PAIRS, which="LA", tol=1e-3, v0=v0)
+        return values, torch.from_numpy(vectors)
 
     def _seeded(self, function: Callable[..., Tensor]) -> Draw:
         def draw(matvecs: int, seed: int) -> list[float]:
@@ -168,6 +211,15 @@ class Eigenthings(Worker):
                 self.operator, num_samples=m, seed=seed
             ).samples.tolist(),
         }
+        self.pairs = {f"lanczos {guess}": partial(self.lanczos, guess) for guess in GUESSES}
+
+    def lanczos(self, iterations: int, seed: int) -> tuple[Any, Tensor]:
+        from hessian_eigenthings import lanczos
+
+        self.taken = iterations
+        result = lanczos(self.operator, k=PAIRS, max_iter=iterations, which="LA", seed=seed)
+        vectors = torch.as_tensor(result.eigenvectors)
+        return result.eigenvalues, vectors.T if vectors.shape[0] == PAIRS else vectors
 
     def product(self) -> float:
         return torch.dot(self.v.double(), self.operator.matvec(self.v).double()).item()
@@ -182,6 +234,14 @@ class Ours(Worker):
     def setup(self) -> None:
         self.problem = ours_problem(self.case)
         self.draws = {"trace": lambda _, seed: [ours_trace(self.problem, seed)], "measure()": self.whole}
+        self.pairs = {"eigsh": self.eigsh, "eigsh, copies=False": partial(self.eigsh, copies=False, block=1)}
+
+    def eigsh(self, seed: int, **options: Any) -> tuple[Any, Tensor]:
+        import landscape
+
+        result = landscape.estimators.eigsh(landscape.hessian(self.problem), PAIRS, seed=seed, **options)
+        self.taken = result.matvecs
+        return result.values, result.vectors
 
     def fresh(self) -> None:
         self.problem = ours_problem(self.case)  # so that nothing is kept from the draw before
@@ -246,7 +306,8 @@ def answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
         if what == "setup":
             seconds, _ = worker.timed(worker.setup)
             versions = {name: version(name) for name in ("torch", "numpy")} | {"peer": _version(worker)}
-            return {"seconds": seconds, "versions": versions, "methods": list(worker.draws)}
+            return {"seconds": seconds, "versions": versions, "methods": list(worker.draws),
+                    "pairs": list(worker.pairs)}  # fmt: skip
         if what == "product":
             seconds, value = worker.timed(worker.product)
             return {"seconds": seconds, "values": [value]}
@@ -255,6 +316,14 @@ def answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
                 return {"seconds": None}
             return {"seconds": worker.timed(worker.block)[0] / BLOCK}
         worker.fresh()
+        if what == "eigenpairs":
+            worker.taken = None
+            seconds, (values, vectors) = worker.timed(
+                lambda: worker.pairs[request["method"]](request["seed"])
+            )
+            kept = torch.as_tensor(values).double(), vectors.double()
+            torch.save({"values": kept[0], "vectors": kept[1]}, request["path"])
+            return {"seconds": seconds, "taken": worker.taken}
         draw = worker.draws[request["method"]]
         seconds, values = worker.timed(lambda: draw(request["matvecs"], request["seed"]))
         return {"seconds": seconds, "values": [float(value) for value in values], "taken": worker.taken}

@@ -71,7 +71,7 @@ def check(A: Tensor, k: int, which: str = "largest", **options) -> None:
     assert result.values.shape == result.residual_norms.shape == truth.shape
     assert bool(result.converged.all())
     # At the level of rounding, the k-th eigenvalue is not to be told from the next one.
-    own = 20 * torch.finfo(A.dtype).eps * float(np.abs(truth).max(initial=0))
+    own = 20 * torch.finfo(A.dtype).eps * float(A.double().norm(2))
     assert (np.abs(result.values.numpy() - truth) <= result.residual_norms.numpy() + own).all()
     V = result.vectors.double()
     true = (A.double() @ V - V * result.values).norm(dim=0)
@@ -111,7 +111,7 @@ def random_case(seed: int) -> tuple[Tensor, int, str]:
 
 @pytest.mark.parametrize("part", range(4))
 def test_multiplicities_over_random_spectra(part):
-    # An eigenvalue is missed with a probability far below 1e-3, so all of 200 pass unless one has gone wrong.
+    # No miss in these 200 and the slow twin's 1000: below 0.25 % a spectrum, with 95 % confidence.
     for seed in range(50 * part, 50 * part + 50):
         A, k, which = random_case(seed)
         check(A, k, which, seed=seed)
