@@ -201,7 +201,8 @@ class _Journal(Journal):
     def keep(self, record: Record) -> None:
         """Write what is done, on the way out."""
         record.attrs["exit_code"] = _INTERRUPTED
-        open_end = self.unwritten or not record.attrs.get("complete")  # a file just written lacks the exit code
+        # A file that was just written lacks the exit code.
+        open_end = self.unwritten or not record.attrs.get("complete")
         if self.path is not None and open_end and "block_size" in record.attrs:
             self._write(record)
 
