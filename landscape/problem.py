@@ -182,7 +182,8 @@ class Problem:
         """H V with H = ∇²L(θ), for one vector (n,) or a block (n, k), in one pass over the data.
 
         Each micro-batch's graph is built once and used for all k vectors. Each column is the same, bit
-        for bit, in whatever block it stands.
+        for bit, in whatever block it stands. With products="auto" the first product finds out whether
+        autodiff is right here (`check_products`). Of a block the result is column-major: a transposed view.
 
         Raises:
             ValueError: if V does not have n rows.
