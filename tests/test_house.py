@@ -25,8 +25,8 @@ FLOORS = [
     {"products", "evaluator", "checks"},
     {"problem"},
     {"uses"},
-    {"capture", "example_norms", "output_curvature", "per_example"},
-    {"ggn_trace", "structure"},
+    {"capture", "curvature_columns", "example_norms", "output_curvature", "per_example"},
+    {"ggn_passes", "ggn_trace", "structure"},
     {"operators"},
     {"estimators.calibration", "estimators.probes"},
     {"estimators.hutchinson", "estimators.hutchpp", "estimators.xtrace"},
@@ -39,7 +39,8 @@ FLOORS = [
 ]
 # Within a floor, from the bottom up.
 ORDER = {
-    "evaluator": 0, "checks": 1, "convolution": 0, "kernels": 1,
+    "evaluator": 0, "checks": 1, "convolution": 0, "kernels": 1, "curvature_columns": 0, "output_curvature": 1,
+    "ggn_passes": 0, "ggn_trace": 1,
     "testbeds.nets": 0, "testbeds.digits": 1, "testbeds.train": 1, "testbeds.golden": 2, "testbeds": 3,
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}
