@@ -9,9 +9,11 @@ in turn. See benchmarks/README.md for what is measured and what the columns mean
 from __future__ import annotations
 
 import argparse
+import compileall
 import contextlib
 import datetime
 import itertools
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -145,7 +147,10 @@ def main() -> None:
     outcomes, versions = [], {}
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder)
-        (package / "landscape").symlink_to(Path(landscape.__file__).resolve().parent)
+        # With its bytecode, as pip would install it: the peers have theirs.
+        source, own = Path(landscape.__file__).resolve().parent, package / "landscape"
+        shutil.copytree(source, own, ignore=shutil.ignore_patterns("__pycache__"))
+        compileall.compile_dir(own, quiet=1)
         for problem in arguments.problem or peers_problems.SPECS:
             print(f"{problem} ...", flush=True)
             outcome, found = measure(problem, pythons, package, arguments)

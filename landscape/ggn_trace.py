@@ -13,8 +13,7 @@ gradients (`landscape.uses`). What no rule covers is differentiated per example.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,25 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from landscape import batches as batching
-from landscape import output_curvature, per_example, seeds
-from landscape.capture import Capture
-from landscape.example_norms import single, squares
-from landscape.output_curvature import Columns, CrossEntropy, Ending, Outputs
-from landscape.uses import squared_norms
+from landscape.curvature_columns import CrossEntropy
+from landscape.ggn_passes import Passes, columns_of, examples_of, few_of, outputs_of
+from landscape.output_curvature import Outputs
 
 if TYPE_CHECKING:
     from landscape.problem import Problem
 
-# Enough for the output gradients of all columns of a few images, small enough to stay near the cache.
+# Enough for the output gradients of all columns of a few images.
 MEMORY = 1 << 28
-# Bytes of the largest layer's output gradient in one pass, per thread of a processor: what fits its cache, and
-# is reused by the allocator. A pass over more took 1.1 (ResNet-20) to 1.4 times as long (an MLP).
-_NEAR = 1 << 19
-# Examples on which the rules are tested before all others follow them: identities, so a few are enough.
-_TESTED = 4
-_MOST_COLUMNS_AT_ONCE = 64
-_ROUNDING = 1e3
 
 
 @dataclass(frozen=True)
@@ -80,7 +69,7 @@ def exact(problem: Problem, *, memory: int = MEMORY) -> BlockTraces:
     """
     problem.require_outputs("the exact trace of the generalized Gauss-Newton matrix")
     with problem.session():
-        return _Exact(problem, memory).run()
+        return _exact(Passes(problem, memory))
 
 
 def by_batch(
@@ -102,7 +91,7 @@ def by_batch(
     """
     problem.require_outputs("the exact trace of the generalized Gauss-Newton matrix")
     with problem.session():
-        return _Exact(problem, memory).over(batches)
+        return Passes(problem, memory).over(batches)
 
 
 def columns(problem: Problem) -> int:
@@ -117,10 +106,10 @@ def columns(problem: Problem) -> int:
     """
     problem.require_outputs("the exact trace of the generalized Gauss-Newton matrix")
     with problem.session():
-        piece, weight = _few(problem, next(iter(problem.evaluator.pieces(problem.batches)))[0])
+        piece, weight = few_of(problem, next(iter(problem.evaluator.pieces(problem.batches)))[0])
         with problem.filled(problem.leaves()):
-            outputs = _outputs(problem, piece, _examples(piece))
-            return _columns_of(problem, outputs, piece, weight).count if outputs.heads else 0
+            outputs = outputs_of(problem, piece, examples_of(piece))
+            return columns_of(problem, outputs, piece, weight).count if outputs.heads else 0
 
 
 def sampled(problem: Problem, generators: Sequence[torch.Generator]) -> np.ndarray:
@@ -149,10 +138,10 @@ def sampled(problem: Problem, generators: Sequence[torch.Generator]) -> np.ndarr
             weights += weight
             leaves = problem.leaves()
             with problem.filled(leaves):
-                outputs = _outputs(problem, piece, _examples(piece))
+                outputs = outputs_of(problem, piece, examples_of(piece))
                 if not outputs.heads:
                     continue
-                parts = _columns_of(problem, outputs, piece, weight, tested)
+                parts = columns_of(problem, outputs, piece, weight, tested)
                 tested = isinstance(parts, CrossEntropy)
                 for row, stream in zip(found, generators, strict=True):
                     for flat, sign in parts.drawn(stream):
@@ -168,233 +157,9 @@ def _squared_gradients(outputs: Outputs, leaves: Sequence[Tensor], flat: Tensor)
     return np.square(norms)
 
 
-class _Exact:
-    """The passes over the data, and what was found out about the parameters on the way."""
-
-    def __init__(self, problem: Problem, memory: int):
-        self.problem, self.memory = problem, memory
-        self.blocks = np.zeros(len(problem.names))
-        self.rules: list[set[str]] = [set() for _ in problem.names]
-        self.columns = 0
-        self.confirmed: set[tuple[int, Any]] = set()  # (parameter, its uses) that need no further test
-        self.refuted: set[int] = set()  # parameters that no rule covers
-        self.apart = True  # whether examples go through the model one by one
-        self.steps: dict[Any, int] = {}  # examples in one pass, by the shapes of their tensors
-        self.fallback = per_example.PerExample(problem, memory)
-        self.tested = False  # whether the loss was found to be what it looks like
-        self.work, self.examples = 0, 0
-
-    def run(self) -> BlockTraces:
-        sums, weights = self.over(self.problem.batches)
-        rules = [" and ".join(sorted(kinds)) or "unused" for kinds in self.rules]
-        passes = self.work / self.examples
-        blocks = sums.sum(axis=0) / weights.sum()
-        return BlockTraces(self.problem.names, blocks, rules, self.columns, passes)
-
-    def over(self, batches: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each batch the sums over its terms (batches, tensors), and its weight (batches,)."""
-        sums, weights = [], []
-        for batch in batches:
-            self.blocks, total = np.zeros(len(self.problem.names)), 0.0
-            for whole in self.problem.evaluator.cut([batch]):
-                if self.problem.evaluator.weigh(whole) == 0:
-                    continue
-                for piece in self._cut(whole):
-                    if (weight := self.problem.evaluator.weigh(piece)) > 0:
-                        self._piece(piece, weight)
-                        total += weight
-            sums.append(self.blocks)
-            weights.append(total)
-        return np.array(sums), np.array(weights)
-
-    def _cut(self, batch: Any) -> Iterator[Any]:
-        """Cut a micro-batch evenly, so that output gradients fit into the memory, and near the processor."""
-        count = _examples(batch)
-        shapes = tuple(t.shape[1:] for t in batching.tensors(batch))
-        if shapes not in self.steps and self.apart and count > 1:
-            self.steps[shapes] = self._tested(_few(self.problem, batch)[0])
-        if count == 1 or not self.apart or self.steps[shapes] >= count:
-            yield batch
-            return
-        parts = -(-count // self.steps[shapes])
-        for i in range(parts):
-            yield batching.cut(batch, i * count // parts, (i + 1) * count // parts)
-
-    def _tested(self, piece: Any) -> int:
-        """Test examples and rules on a few examples; return how many are to go through the model at once."""
-        count = _examples(piece)
-        leaves = self.problem.leaves()
-        with self.problem.filled(leaves):
-            capture = Capture(leaves, count)
-            with capture.watching():
-                outputs = _outputs(self.problem, piece, count)
-            if not outputs.heads:
-                return sys.maxsize
-            self.apart = outputs.examples == count and self._stands_alone(piece, outputs)
-            if not self.apart:
-                return sys.maxsize
-            self._test(capture, outputs, range(len(leaves)))
-            weight = self.problem.evaluator.weigh(piece)
-            parts = _columns_of(self.problem, outputs, piece, weight)
-            self.tested = isinstance(parts, CrossEntropy)
-        width = outputs.heads[0].element_size()
-        each = sum(capture.sizes) * width // count + 8 * outputs.size
-        step = self.memory // max(1, min(parts.count, _MOST_COLUMNS_AT_ONCE) * each)
-        if self.problem.device.type == "cpu" and capture.sizes:
-            step = min(step, torch.get_num_threads() * _NEAR * count // (max(capture.sizes) * width))
-        return max(1, step)
-
-    def _stands_alone(self, piece: Any, outputs: Outputs) -> bool:
-        """Whether the last example alone has the outputs that it has among the others."""
-        last = outputs.examples - 1
-        try:
-            alone = _outputs(self.problem, batching.cut(piece, last, last + 1), 1)
-            theirs, own = alone.flat()[0], outputs.flat()[last]
-        except (RuntimeError, ValueError):  # BatchNorm in training mode refuses a single example
-            return False
-        allowed = _ROUNDING * torch.finfo(own.dtype).eps
-        return theirs.shape == own.shape and float((theirs - own).norm()) <= allowed * float(own.norm())
-
-    def _test(self, capture: Capture, outputs: Outputs, indices: Iterable[int]) -> None:
-        """Confirm or refute the rules of some parameters on this pass, with random cotangents of half of it."""
-        stream = seeds.generator(0, "ggn_trace", 0)
-        half = torch.randperm(outputs.examples, generator=stream)[: (outputs.examples + 1) // 2].sort().values
-        tail = torch.zeros(outputs.examples, outputs.size, dtype=torch.float64)
-        tail[half] = torch.randn(len(half), outputs.size, dtype=torch.float64, generator=stream)
-        agree = capture.confirmed(outputs.heads, outputs.tails(tail), half)
-        for index in indices:
-            if agree[index]:
-                self.confirmed.add((index, capture.signature(index)))
-            else:
-                self.refuted.add(index)
-
-    def _piece(self, piece: Any, weight: float) -> None:
-        count = _examples(piece)
-        leaves = self.problem.leaves()
-        with self.problem.filled(leaves):
-            capture = Capture(leaves, count if self.apart else 1)
-            with capture.watching():
-                outputs = _outputs(self.problem, piece, count if self.apart else 1)
-            self.examples += count
-            if not outputs.heads:
-                return
-            parts = _columns_of(self.problem, outputs, piece, weight, self.tested)
-            self.tested = isinstance(parts, CrossEntropy)
-            self.columns = max(self.columns, parts.count)
-            self._retest(capture, outputs)
-            ruled = [i for i in range(len(leaves)) if capture.uses[i] and i not in self.refuted]
-            for flats, signs in _blocks(parts, self._at_once(capture)):
-                self.work += len(flats) * count * (bool(ruled) + bool(self.refuted))
-                self._by_rules(capture, outputs, ruled, flats, signs)
-                self._by_examples(piece, outputs, flats, signs)
-
-    def _at_once(self, capture: Capture) -> int:
-        each = max(1, sum(capture.sizes)) * self.problem.dtype.itemsize
-        return max(1, min(self.memory // each, _MOST_COLUMNS_AT_ONCE))
-
-    def _retest(self, capture: Capture, outputs: Outputs) -> None:
-        """Test what looks otherwise than where it was confirmed; find parameters used for the first time."""
-        left = [i for i in range(len(capture.parameters)) if i not in self.refuted]
-        new = [i for i in left if (i, capture.signature(i)) not in self.confirmed]
-        if new:
-            self._test(capture, outputs, new)
-        bare = [i for i in left if not capture.uses[i]]
-        if bare:
-            found = torch.autograd.grad(
-                outputs.heads,
-                [capture.parameters[i] for i in bare],
-                [torch.zeros_like(t) for t in outputs.heads],
-                retain_graph=True,
-                allow_unused=True,
-            )
-            self.refuted.update(i for i, g in zip(bare, found, strict=True) if g is not None)
-
-    def _by_rules(
-        self, capture: Capture, outputs: Outputs, ruled: list[int], flats: list[Tensor], signs: Tensor
-    ) -> None:
-        if not ruled:
-            return
-        # Where an example has one row, the norm of its output gradient is enough, and the gradient is let go.
-        factors = {i: single(capture.uses[i]) for i in ruled}
-        held = {use.call for i in ruled if factors[i] is None for use in capture.uses[i]}
-        measured = {capture.uses[i][0].call for i in ruled if factors[i] is not None}
-        at: dict[int, list[Tensor]] = {call: [] for call in held}
-        norms: dict[int, list[Tensor]] = {call: [] for call in measured}
-        for flat in flats:
-            found = capture.output_gradients(sorted(held | measured), outputs.heads, outputs.tails(flat))
-            for call, g in found.items():
-                if call in measured:
-                    norms[call].append(squared_norms(g.reshape(outputs.examples, -1)))
-                if call in held:
-                    at[call].append(g)
-        for i in ruled:
-            reached = [use for use in capture.uses[i] if at.get(use.call) or norms.get(use.call)]
-            if not reached:
-                continue
-            if (factor := factors[i]) is not None:
-                squared = torch.stack(norms[reached[0].call], 1)
-                squared = squared * factor.to(squared)[:, None]
-            else:
-                squared = squares(reached, [at[use.call] for use in reached], self.memory)
-            self.blocks[i] += float((squared.double() * signs).sum())
-            self.rules[i].update(use.kind for use in reached)
-
-    def _by_examples(self, piece: Any, outputs: Outputs, flats: list[Tensor], signs: Tensor) -> None:
-        if not self.refuted:
-            return
-        chosen = sorted(self.refuted)
-        count = outputs.examples
-        pieces = [batching.cut(piece, i, i + 1) for i in range(count)] if count > 1 else [piece]
-        heads = [i for i, t in enumerate(batching.tensors(outputs.nest)) if t.requires_grad]
-        found = self.fallback.squares(pieces, chosen, heads, torch.stack(flats, 1))
-        for i, squared in zip(chosen, found, strict=True):
-            self.blocks[i] += float((squared.double() * signs).sum())
-            self.rules[i].add(self.fallback.name)
-
-
-def _blocks(parts: Columns, at_once: int) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Columns in blocks, with their signs (N, K); those that are zero for every example are left out."""
-    chosen = [c for c, present in enumerate(parts.present) if present]
-    for start in range(0, len(chosen), at_once):
-        made = [parts.column(c) for c in chosen[start : start + at_once]]
-        flats = [flat for flat, _ in made]
-        signs = [flat.new_ones(len(flat)) if sign is None else sign for flat, sign in made]
-        yield flats, torch.stack(signs, 1).double()
-
-
-def _examples(piece: Any) -> int:
-    """The number of examples; 1 where it is unclear, for one that cannot be cut."""
-    try:
-        return batching.examples(piece)
-    except ValueError:
-        return 1
-
-
-def _few(problem: Problem, batch: Any) -> tuple[Any, float]:
-    """The first examples of a micro-batch, or all if these have no weight."""
-    count = _examples(batch)
-    if count > _TESTED:
-        few = batching.cut(batch, 0, _TESTED)
-        if (weight := problem.evaluator.weigh(few)) > 0:
-            return few, weight
-    return batch, problem.evaluator.weigh(batch)
-
-
-def _outputs(problem: Problem, piece: Any, examples: int) -> Outputs:
-    """The outputs of a micro-batch, as one group where their first dimension does not count examples."""
-    nest = problem.evaluator.outputs(piece)
-    whole = all(
-        t.ndim and t.shape[0] and t.shape[0] % examples == 0
-        for t in batching.tensors(nest)
-        if t.requires_grad
-    )
-    return Outputs(nest, examples if whole else 1)
-
-
-def _columns_of(
-    problem: Problem, outputs: Outputs, piece: Any, weight: float, tested: bool = False
-) -> Columns:
-    evaluator = problem.evaluator
-    target, scale = evaluator.target_of(piece), evaluator.scale(weight)
-    ending = Ending(evaluator.loss_from, evaluator.loss, target, scale)
-    return output_curvature.columns(outputs, ending, tested)
+def _exact(passes: Passes) -> BlockTraces:
+    problem = passes.problem
+    sums, weights = passes.over(problem.batches)
+    rules = [" and ".join(sorted(kinds)) or "unused" for kinds in passes.rules]
+    blocks = sums.sum(axis=0) / weights.sum()
+    return BlockTraces(problem.names, blocks, rules, passes.columns, passes.work / passes.examples)

@@ -200,7 +200,7 @@ def test_help_of_measure_is_in_groups():
         "What to measure:",
         "The model and its data:",
         "The run, and where results go:",
-        "Flags of trace:",
+        "Flags of ",
     ]
     places = [text.index(heading) for heading in headings]
     assert places == sorted(places)
@@ -380,7 +380,7 @@ def test_out_may_name_the_file(here: Path):
 # --- everything a user can get wrong ------------------------------------------------------------------
 
 USAGE = {
-    "no metric": (("measure",), "name what to measure: --metric trace"),
+    "no metric": (("measure",), "name what to measure: --metric density or"),
     "unknown metric": (("measure", "--metric", "tracce"), "did you mean trace?"),
     "metric file missing": (("measure", "--metric", "./nowhere.py"), "does not exist"),
     "metric twice": (("measure", "--metric", "trace", "--metric", "trace"), "named twice"),

@@ -13,9 +13,10 @@ from cases import BY_NAME, CASES, WITH_OUTPUTS, reference
 from cases_base import labels, normal
 from torch import Tensor, nn
 
-from landscape import ggn_trace
+from landscape import ggn_passes, ggn_trace
+from landscape.curvature_columns import CrossEntropy
 from landscape.errors import Refused
-from landscape.output_curvature import CrossEntropy, Ending, Outputs, columns
+from landscape.output_curvature import Ending, Outputs, columns
 from landscape.problem import Problem
 from landscape.seeds import generator
 from landscape.testbeds import nets
@@ -331,6 +332,23 @@ def test_no_result_depends_on_the_memory(name):
         assert_equal(ggn_trace.exact(problem, memory=memory).blocks, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("near", [1, 1000])
+def test_no_result_depends_on_what_stays_near_the_processor(near, monkeypatch):
+    passed = []
+    outputs_of = ggn_passes.outputs_of
+    monkeypatch.setattr(ggn_passes, "outputs_of", lambda p, x, n: passed.append(n) or outputs_of(p, x, n))
+    for name in ("convolution", "padding", "mse"):
+        problem = Problem(**BY_NAME[name].arguments())
+        expected = ggn_trace.exact(problem).blocks
+        whole = max(passed)
+        with monkeypatch.context() as patch:
+            patch.setattr(ggn_passes, "_NEAR", near)
+            passed.clear()
+            assert_equal(ggn_trace.exact(problem).blocks, expected, rtol=1e-12)
+        if near == 1:
+            assert passed[-1] == 1 < whole
+
+
 def test_float32_is_within_its_rounding():
     problem = Problem(nets.mlp([6, 20, 20, 4]), nn.CrossEntropyLoss(), [(normal(50, 6), labels(50, 4))])
     found, truth = ggn_trace.exact(problem), ggn_trace.exact(problem.replace(dtype=torch.float64))
@@ -366,7 +384,7 @@ def test_passes_are_counted():
 @pytest.mark.parametrize("name", ["cross_entropy", "tied_embedding", "mse", "own_loss_not_convex", "padding"])
 def test_sampled_is_unbiased(name, monkeypatch):
     """The mean over every pattern of signs of two examples is the exact trace."""
-    from landscape import output_curvature
+    from landscape import curvature_columns
 
     case = BY_NAME[name]
     arguments = case.arguments((1,) * case.examples)
@@ -386,7 +404,7 @@ def test_sampled_is_unbiased(name, monkeypatch):
         pattern = counting.get("pattern", [0] * shape.numel())
         return (2 * torch.tensor(pattern).reshape(shape.shape) - 1).to(like)
 
-    monkeypatch.setattr(output_curvature, "_signs", signs)
+    monkeypatch.setattr(curvature_columns, "_signs", signs)
     ggn_trace.sampled(problem, [torch.Generator()])
     assert counting["bits"] <= 12
     # The sign of all columns together changes nothing: half of the patterns are enough.

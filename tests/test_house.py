@@ -25,8 +25,8 @@ FLOORS = [
     {"arguments", "products", "evaluator", "averages", "product_checks", "checks"},
     {"problem"},
     {"uses"},
-    {"capture", "example_norms", "output_curvature", "per_example"},
-    {"ggn_trace", "structure", "inputs"},
+    {"capture", "curvature_columns", "example_norms", "output_curvature", "per_example"},
+    {"ggn_passes", "ggn_trace", "structure", "inputs"},
     {"memory", "operators"},
     {"estimators.calibration", "estimators.probes"},
     {"estimators.krylov"},
@@ -51,7 +51,9 @@ FLOORS = [
 ]
 # Within a floor, from the bottom up.
 ORDER = {
-    "products": 0, "evaluator": 0, "averages": 1, "product_checks": 2, "checks": 3, "convolution": 0, "kernels": 1,
+    {"capture", "curvature_columns", "example_norms", "output_curvature", "per_example"},
+    {"ggn_passes", "ggn_trace", "structure", "inputs"},
+    {"memory", "operators"},
     "testbeds.nets": 0, "testbeds.digits": 1, "testbeds.train": 1, "testbeds.golden": 2, "testbeds": 3,
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}
