@@ -108,9 +108,21 @@ class MetricFlags:
                 shared = len({fields_of(self.named[other])[field.name].is_switch for other in owners}) == 1
                 heading = f"Flags of {', '.join(owners)}"
                 if shared and field.name not in made:
-                    made[field.name] = _option(field, field.flag, f"any__{field.name}", heading)
+                    fields = {other: fields_of(self.named[other])[field.name] for other in owners}
+                    forms = {values.describe(f.hint) for f in fields.values()}
+                    form = forms.pop() if len(forms) == 1 else "VALUE"
+                    text = _texts(fields, with_form=form == "VALUE")
+                    made[field.name] = _option(field, field.flag, f"any__{field.name}", heading, text, form)
                 own = f"{name}.{field.flag}"
-                made[own] = _option(field, own, f"{_key(name)}__{field.name}", heading, hidden=shared)
+                made[own] = _option(
+                    field,
+                    own,
+                    f"{_key(name)}__{field.name}",
+                    heading,
+                    _text(field),
+                    values.describe(field.hint),
+                    shared,
+                )
         return list(made.values())
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -160,15 +172,30 @@ class MetricFlags:
         return click.UsageError(f"{text}; {listed}. landscape measure --help lists all")
 
 
-def _option(field: Field, flag: str, key: str, heading: str, hidden: bool = False) -> click.Option:
+def _texts(fields: Mapping[str, Field], with_form: bool) -> str:
+    """Return the help of a flag of several metrics, each different one with the metrics that it is of."""
+    owners: dict[str, list[str]] = {}
+    for name, field in fields.items():
+        form = f"{values.describe(field.hint)} " if with_form else ""
+        owners.setdefault(form + _text(field), []).append(name)
+    if len(owners) == 1:
+        return next(iter(owners))
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in owners.items())
+
+
+def _text(field: Field) -> str:
     default = f"[default: {values.show(field.default)}]"
-    text = f"{field.help.rstrip('.')} {default}".strip() if field.help else default
+    return f"{field.help.rstrip('.')} {default}".strip() if field.help else default
+
+
+def _option(
+    field: Field, flag: str, key: str, heading: str, text: str, form: str, hidden: bool = False
+) -> click.Option:
     if field.is_switch:
         stem, _, last = flag.rpartition(".")
         off = f"{stem}.no-{last}" if stem else f"no-{last}"
         return Flag(f"--{flag}/--{off}", key, group=heading, default=None, help=text, hidden=hidden)
-    metavar = values.describe(field.hint)
-    return Flag(f"--{flag}", key, group=heading, type=str, metavar=metavar, help=text, hidden=hidden)
+    return Flag(f"--{flag}", key, group=heading, type=str, metavar=form, help=text, hidden=hidden)
 
 
 def _value(given: Any, field: Field, flag: str) -> Any:

@@ -51,9 +51,8 @@ FLOORS = [
 ]
 # Within a floor, from the bottom up.
 ORDER = {
-    {"capture", "curvature_columns", "example_norms", "output_curvature", "per_example"},
-    {"ggn_passes", "ggn_trace", "structure", "inputs"},
-    {"memory", "operators"},
+    "products": 0, "evaluator": 0, "averages": 1, "product_checks": 2, "checks": 3, "convolution": 0, "kernels": 1,
+    "curvature_columns": 0, "output_curvature": 1, "ggn_passes": 0, "ggn_trace": 1,
     "testbeds.nets": 0, "testbeds.digits": 1, "testbeds.train": 1, "testbeds.golden": 2, "testbeds": 3,
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}
