@@ -2,8 +2,8 @@
 
 Coverage of a 95 % interval over 600 seeds has sd 0.9 %; 92-98 % is the demand, and 98.5 % is allowed where an
 error is a sum of several calibrated ones. Each number leaves that with probability below 1e-3. The twin that
-always runs cuts one long measurement into a hundred short ones (probes are independent), of which at least 83
-must cover (at a true 93 %, fewer in 0.05 % of cases).
+always runs cuts one long measurement into fifty short ones (probes are independent), of which at least 40
+must cover (at a true 93 %, fewer in 0.1 % of cases).
 """
 
 from __future__ import annotations
@@ -62,12 +62,9 @@ def test_the_interval_covers(way: str, case: str, monkeypatch: pytest.MonkeyPatc
 def test_the_interval_covers_in_pieces_of_one_measurement(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small = smooth("gelu")
     metric, problem = _prepared(way, small, monkeypatch)
-    monkeypatch.setattr(
-        values, "PAIRS", 1600
-    )  # every unit carries a pair, of which each piece uses its first
-    long = landscape.evaluate(dataclasses.replace(metric, max_probes=1600), problem)
+    long = landscape.evaluate(dataclasses.replace(metric, max_probes=800), problem)
     pieces = []
-    for start in range(0, 1600, 16):
+    for start in range(0, 800, 16):
         piece = Record(attrs={**long.attrs, "stop": 16})
         for name, variable in long.variables.items():
             each = variable.dims[:1] == ("probe",)
@@ -76,8 +73,8 @@ def test_the_interval_covers_in_pieces_of_one_measurement(way: str, monkeypatch:
         piece.variables.update(metric.summarize(piece))
         pieces.append(piece)
     covered, errors = _compared(pieces, small)
-    assert (np.abs(errors.mean(axis=0)) <= 4 * errors.std(axis=0) / 10 + 1e-12).all()
-    assert (covered.mean(axis=0) >= 0.83).all(), covered.mean(axis=0)
+    assert (np.abs(errors.mean(axis=0)) <= 4 * errors.std(axis=0) / 50**0.5 + 1e-12).all()
+    assert (covered.mean(axis=0) >= 0.8).all(), covered.mean(axis=0)
 
 
 def _prepared(way: str, small: Smooth, monkeypatch: pytest.MonkeyPatch) -> tuple[Trace, landscape.Problem]:
