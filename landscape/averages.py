@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,7 @@ _STEP_EXPONENT = 1 / 3
 _WIDE_SUMS = 2**26
 
 Made = Iterator[products.Optional]
+Graph = products.HessianGraph | products.GgnGraph
 
 
 def gradient(problem: Problem) -> Tensor:
@@ -49,38 +50,31 @@ def gradient(problem: Problem) -> Tensor:
 def hessian_by_autodiff(problem: Problem, V: Tensor) -> Tensor:
     """H V for one vector (n,) or a block (n, k)."""
 
-    def made(piece: Any, rows: Sequence[products.Pieces]) -> Made:
-        leaves = problem.leaves()
-        with problem.filled(leaves):
-            yield from products.hessian_products(problem.evaluator.loss_of(piece), leaves, rows)
+    def graph(piece: Any, leaves: list[Tensor]) -> Graph:
+        return products.HessianGraph(problem.evaluator.loss_of(piece), leaves)
 
-    return _by_autodiff(problem, V, made)
+    return _by_autodiff(problem, V, "hessian", graph)
 
 
 def ggn_by_autodiff(problem: Problem, V: Tensor) -> Tensor:
     """G V for one vector (n,) or a block (n, k)."""
 
-    def made(piece: Any, rows: Sequence[products.Pieces]) -> Made:
-        leaves = problem.leaves()
-        with problem.filled(leaves):
-            outputs = problem.evaluator.outputs(piece)
-            yield from products.ggn_products(outputs, _ending(problem, piece), leaves, rows)
+    def graph(piece: Any, leaves: list[Tensor]) -> Graph:
+        return products.GgnGraph(problem.evaluator.outputs(piece), _ending(problem, piece), leaves)
 
-    return _by_autodiff(problem, V, made)
+    return _by_autodiff(problem, V, "ggn", graph)
 
 
 def empirical_fisher(problem: Problem, V: Tensor) -> Tensor:
     """Σ_i w_i g_i g_iᵀ V / Σ_i w_i over examples, for one vector (n,) or a block (n, k)."""
 
-    def made(piece: Any, rows: Sequence[products.Pieces]) -> Made:
-        leaves = problem.leaves()
-        with problem.filled(leaves):
-            terms = _terms(problem, piece)
-            scale = problem.evaluator.scale(problem.evaluator.weigh(piece))
-            # The Gauss-Newton matrix of half the sum of squares of the examples' losses.
-            yield from products.ggn_products(terms, lambda t: t.square().sum() / (2 * scale), leaves, rows)
+    def graph(piece: Any, leaves: list[Tensor]) -> Graph:
+        scale = problem.evaluator.scale(problem.evaluator.weigh(piece))
+        # The Gauss-Newton matrix of half the sum of squares of the examples' losses.
+        terms = _terms(problem, piece)
+        return products.GgnGraph(terms, lambda t: t.square().sum() / (2 * scale), leaves)
 
-    return _by_autodiff(problem, V, made)
+    return _by_autodiff(problem, V, "empirical_fisher", graph)
 
 
 def _terms(problem: Problem, piece: Any) -> Tensor:
@@ -144,13 +138,27 @@ def ggn_by_differences(problem: Problem, V: Tensor, step: float | None = None) -
 
 
 def _by_autodiff(
-    problem: Problem, V: Tensor, made: Callable[[Any, Sequence[products.Pieces]], Made]
+    problem: Problem, V: Tensor, matrix: str, graph: Callable[[Any, list[Tensor]], Graph]
 ) -> Tensor:
     rows = vectors.aligned_pieces(V.to(problem.device, problem.dtype), problem.space)
+    kept = problem.kept_graphs(matrix)
+    position = itertools.count()
+
+    def made(piece: Any) -> Made:
+        index = next(position)
+        found = None if kept is None else kept.get(index)
+        if found is None:
+            leaves = problem.leaves()
+            with problem.filled(leaves):
+                found = graph(piece, leaves)
+            if kept is not None:
+                kept[index] = found
+        yield from found.products(rows, keep=kept is not None)
+
     with problem.session(), contextlib.ExitStack() as stack:
         stack.enter_context(problem.evaluator.twice_differentiable())
         stack.enter_context(active(problem.kernels))
-        total = _mean(problem, len(rows), lambda piece: made(piece, rows))
+        total = _mean(problem, len(rows), made)
     return _shaped_like(V, total)
 
 

@@ -57,7 +57,8 @@ class ExampleLoss:
         piece = batching.tree_map(lambda t: leaves.get(id(t), t), self.piece)
         with self.problem.filled(self.problem.leaves()):
             loss = self.problem.evaluator.loss_of(piece)
-            yield from products.hessian_products(loss, list(leaves.values()), rows)
+            graph = products.HessianGraph(loss, list(leaves.values()))
+            yield from graph.products(rows)
 
 
 def example_loss(problem: Problem, index: int) -> ExampleLoss:

@@ -105,6 +105,26 @@ def plan(problem: Problem, memory: int, *, vector: int, block: int, products: bo
     return Plan(examples if cut else problem.microbatch, block, needed)
 
 
+def graphs(problem: Problem, memory: int) -> int | None:
+    """The bytes that autograd saves for the products' graphs of all micro-batches.
+
+    Args:
+        problem: on what.
+        memory: bytes beyond which nobody asks how many.
+
+    Returns:
+        The bytes; None where examples cannot be run alone, so that nothing is predicted.
+    """
+    try:
+        saved = _saved(problem, memory * _PEAK_PER_SAVED, products=True)
+    except _NOT_ALONE:
+        return None
+    if not saved.divisible:
+        return saved.each * sum(1 for _ in problem.batches)
+    counts = [batching.examples(piece) for piece in problem.evaluator.cut(problem.batches)]
+    return saved.fixed * len(counts) + saved.each * sum(counts)
+
+
 def saved_per_example(problem: Problem) -> int:
     """The bytes that autograd saves per example for a product."""
     return _saved(problem, 1 << 62, products=True).each

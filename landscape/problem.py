@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -37,6 +38,22 @@ class Cost:
     values: int = 0
     gradients: int = 0
     matvecs: int = 0
+
+
+class KeptGraphs:
+    """Graphs of the products of one matrix, by micro-batch."""
+
+    def __init__(self) -> None:
+        self._key: tuple[str, ...] = ()
+        self._where: tuple[object, ...] = ()
+        self._graphs: dict[int, averages.Graph] = {}
+
+    def of(self, key: tuple[str, ...], where: tuple[object, ...]) -> dict[int, averages.Graph]:
+        """Those of a matrix where it stands; of another they are let go."""
+        same = len(where) == len(self._where) and all(map(operator.is_, where, self._where))
+        if key != self._key or not same:
+            self._key, self._where, self._graphs = key, where, {}
+        return self._graphs
 
 
 class Problem:
@@ -123,6 +140,7 @@ class Problem:
         )  # fmt: skip
         self._vector: Tensor | None = None
         self._buffers: Mapping[str, Tensor] = {}
+        self._graphs: list[KeptGraphs] = []  # shared by `at`, `only` and `on`, like the kernels
         self._whole: Self | None = None  # what this problem was cut out of by `only`
         self._fixed: dict[str, Tensor] = {}  # moved parameters that are not measured
         self._double: Self | None = None
@@ -468,6 +486,25 @@ class Problem:
         self.cost.matvecs += V.shape[1] if V.ndim > 1 else 1
         return made
 
+    @contextlib.contextmanager
+    def keeping_graphs(self) -> Iterator[None]:
+        """Keep the graphs of products meanwhile, one for each micro-batch; the model must not change.
+
+        Products with one vector after the other then cost no more than in a block. Held are the graphs of one
+        matrix at one θ on one set of data, the last that was multiplied.
+        """
+        self._graphs.append(KeptGraphs())
+        try:
+            yield
+        finally:
+            self._graphs.clear()
+
+    def kept_graphs(self, matrix: str) -> dict[int, averages.Graph] | None:
+        """The graphs that are kept of this matrix, by micro-batch; None where none are to be kept."""
+        if not self._graphs:
+            return None
+        return self._graphs[0].of((matrix, *self.names), (self._vector, self.batches, self.evaluator))
+
     def _made_by(self, matrix: Matrix) -> str:
         if self.products != "auto":
             return self.products
@@ -480,6 +517,7 @@ class Problem:
             if not (self.kernels.channels_last and layout_failed(failure)):
                 raise
             self._kernels[:] = [dataclasses.replace(self.kernels, channels_last=False)]
+            self._graphs[:] = [KeptGraphs() for _ in self._graphs]
             return product(self, V)
 
     def leaves(self, displacement: Tensor | None = None) -> list[Tensor]:

@@ -29,40 +29,55 @@ def gradient(loss: Tensor, parameters: Pieces) -> Optional:
     return torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
-def hessian_products(loss: Tensor, parameters: Pieces, rows: Sequence[Pieces]) -> Iterator[Optional]:
-    """H v for each v of `rows`, H = ∇²L, by differentiating ⟨∇L, v⟩."""
-    if not loss.requires_grad:
-        yield from ([None] * len(parameters) for _ in rows)
-        return
-    first = _edges(torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True))
-    yield from _vector_jacobian(first, parameters, rows)
+class HessianGraph:
+    """∇L of a micro-batch with a graph, from which any number of products H v, H = ∇²L, can be made."""
+
+    def __init__(self, loss: Tensor, parameters: Pieces):
+        self._parameters, self._first = parameters, None
+        if loss.requires_grad:
+            self._first = _edges(torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True))
+
+    def products(self, rows: Sequence[Pieces], *, keep: bool = False) -> Iterator[Optional]:
+        """H v for each v of `rows`, by differentiating ⟨∇L, v⟩; the graph is gone after the last unless kept."""
+        if self._first is None:
+            yield from ([None] * len(self._parameters) for _ in rows)
+            return
+        yield from _vector_jacobian(self._first, self._parameters, rows, retain=keep)
 
 
-def ggn_products(
-    outputs: Any, loss: Callable[[Any], Tensor], parameters: Pieces, rows: Sequence[Pieces]
-) -> Iterator[Optional]:
-    """Jᵀ (∂²ℓ/∂f²) J v for each v of `rows`, J = ∂f/∂θ, f the model's outputs.
+class GgnGraph:
+    """The graphs of a micro-batch from which products Jᵀ (∂²ℓ/∂f²) J v are made, f the model's outputs, J = ∂f/∂θ.
 
     J v is the derivative of Jᵀu with respect to u, a reverse pass through the reverse pass; so its graph
     too is built once for all vectors.
     """
-    leaves = [t for t in tensors(outputs) if t.requires_grad]
-    if not leaves:
-        yield from ([None] * len(parameters) for _ in rows)
-        return
-    dummies = [torch.zeros_like(f, requires_grad=True) for f in leaves]
-    with linear_pullbacks():
-        pulled = _edges(
-            torch.autograd.grad(leaves, parameters, dummies, create_graph=True, allow_unused=True)
-        )
-    detached, slopes = _output_slopes(outputs, loss)
-    for row in rows:
-        used, pieces = _used(pulled, row)
-        pushed = torch.autograd.grad(
-            used, dummies, pieces, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        bent = next(_vector_jacobian(slopes, detached, [pushed], retain=True))
-        yield _pulled(leaves, parameters, bent, retain=True)
+
+    def __init__(self, outputs: Any, loss: Callable[[Any], Tensor], parameters: Pieces):
+        self._parameters = parameters
+        self._leaves = [t for t in tensors(outputs) if t.requires_grad]
+        if not self._leaves:
+            return
+        self._dummies = [torch.zeros_like(f, requires_grad=True) for f in self._leaves]
+        with linear_pullbacks():
+            self._pulled = _edges(
+                torch.autograd.grad(
+                    self._leaves, parameters, self._dummies, create_graph=True, allow_unused=True
+                )
+            )
+        self._detached, self._slopes = _output_slopes(outputs, loss)
+
+    def products(self, rows: Sequence[Pieces], *, keep: bool = False) -> Iterator[Optional]:  # noqa: ARG002
+        """G v for each v of `rows`; the graphs live as long as this object."""
+        for row in rows:
+            if not self._leaves:
+                yield [None] * len(self._parameters)
+                continue
+            used, pieces = _used(self._pulled, row)
+            pushed = torch.autograd.grad(
+                used, self._dummies, pieces, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            bent = next(_vector_jacobian(self._slopes, self._detached, [pushed], retain=True))
+            yield _pulled(self._leaves, self._parameters, bent, retain=True)
 
 
 def pullback(outputs: Any, loss: Callable[[Any], Tensor], parameters: Pieces, pushed: Pieces) -> Optional:

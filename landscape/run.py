@@ -97,7 +97,7 @@ def measure(
             _require_same(path, record, identity)
             if record.attrs.get("complete") and metric.units(record) is None:
                 return record.to_xarray()
-    stored = record.attrs.get("plan") if record else None
+    stored = record.attrs.get("memory_plan") if record else None
     plan = Plan(**stored) if stored else memory_plan(metric, problem, memory, check=check)
     given = problem
     if plan.microbatch != problem.microbatch:
@@ -109,7 +109,7 @@ def measure(
             data = report.data_fingerprint if report else problem.data_fingerprint()
             identity = _identity(metric, given, seed, memory, data)
         if record is None:
-            chosen = {"plan": dataclasses.asdict(plan), "check": None}
+            chosen = {"memory_plan": dataclasses.asdict(plan), "check": None}
             record = Record(attrs={**identity, **_described(metric, problem, origin()), **chosen})
     if record.attrs["check"] is None:
         record.attrs.update(check=report.as_dict() if report else None, products=problem.products_in_use)

@@ -53,7 +53,7 @@ CHILD = """
     problem = signals(192, 4096, parameters="0.bias")
     before = peak()
     ds = landscape.measure(metric, problem, memory=int(sys.argv[2]) or None)
-    print(json.dumps([peak() - before, float(ds["trace"]), ds.attrs["plan"]]))
+    print(json.dumps([peak() - before, float(ds["trace"]), ds.attrs["memory_plan"]]))
 """
 
 
@@ -171,8 +171,8 @@ def test_a_run_goes_on_with_the_same_choice(tmp_path: Path, monkeypatch: pytest.
         landscape.measure(metric, signals(), memory=allowed, out=path, progress=stop)
     monkeypatch.setattr(memory, "plan", lambda *_, **__: pytest.fail("the stored plan is there"))
     resumed = landscape.measure(metric, signals(), memory=allowed, out=path)
-    assert resumed.attrs["plan"] == whole.attrs["plan"]
-    assert resumed.attrs["plan"]["microbatch"] < 24
+    assert resumed.attrs["memory_plan"] == whole.attrs["plan"]
+    assert resumed.attrs["memory_plan"]["microbatch"] < 24
     assert float(resumed["trace"]) == float(whole["trace"])
 
 

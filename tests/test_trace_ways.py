@@ -255,7 +255,6 @@ def test_deflation_by_top_eigenvectors_takes_variance_out(monkeypatch: pytest.Mo
 
 
 def test_deflation_by_our_own_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("landscape.estimators.eigen")
     monkeypatch.undo()
     small = smooth("gelu")
     found = landscape.evaluate(metric("deflated"), small.problem)

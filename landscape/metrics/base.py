@@ -12,6 +12,7 @@ runs that were interrupted, resumed or dealt over processes agree bit for bit.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import time
@@ -23,6 +24,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
+from landscape import memory as footprint
 from landscape import product_checks, seeds
 from landscape.checks import Need
 from landscape.problem import Problem
@@ -32,6 +34,7 @@ Values = dict[str, Variable]
 State = dict[str, np.ndarray]
 
 _SPENT = "cost_of_this_block"
+_HELD_PER_SAVED = 2  # bytes that a graph holds per byte that autograd saves for it, at most
 MEMORY = 8 << 30  # bytes that a measurement may use beside the model, unless told otherwise
 
 
@@ -211,6 +214,19 @@ class SequentialMetric(Metric):
         journal: Journal,
     ) -> Values:
         """Run a block from its saved state, or from its start, to its end."""
+        with contextlib.ExitStack() as stack:
+            if _graphs_fit(problem, shared.attrs.get("memory", MEMORY)):
+                stack.enter_context(problem.keeping_graphs())
+            return self._run(problem, shared, block, generators, journal)
+
+    def _run(
+        self,
+        problem: Problem,
+        shared: Record,
+        block: range,
+        generators: Sequence[torch.Generator],
+        journal: Journal,
+    ) -> Values:
         before = np.array(list(vars(problem.cost).values()))
         stored = journal.load_state(block)
         if stored is None:
@@ -227,6 +243,13 @@ class SequentialMetric(Metric):
 
     def _to_store(self, state: Any, spent: np.ndarray) -> State:
         return {**self.stored(state), _SPENT: spent}
+
+
+def _graphs_fit(problem: Problem, memory: int) -> bool:
+    """Whether the graphs of products, once kept, take at most a quarter of the memory."""
+    room = memory // 4
+    needed = footprint.graphs(problem, room)
+    return needed is not None and _HELD_PER_SAVED * needed <= room
 
 
 def _as_read_back(state: Any) -> Any:

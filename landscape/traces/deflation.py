@@ -11,13 +11,13 @@ for deflation.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from landscape.estimators.eigen import eigsh
 from landscape.estimators.probes import Operator, inner
 from landscape.vectors import ParameterSpace
 
@@ -44,9 +44,7 @@ class Deflation:
 
 def top_directions(A: Operator, count: int, seed: int) -> Tensor:
     """Eigenvectors of the `count` largest eigenvalues, roughly, (n, count)."""
-    eigen = importlib.import_module("landscape.estimators.eigen")
-    found: Tensor = eigen.eigsh(A, k=count, which="largest", rtol=_RTOL, seed=seed).vectors
-    return found
+    return eigsh(A, k=count, which="largest", rtol=_RTOL, seed=seed).vectors
 
 
 def deflation(product: Product, vectors: Tensor, space: ParameterSpace) -> Deflation:

@@ -1,0 +1,70 @@
+"""Graphs that are kept between products: the same numbers, let go in time."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+
+import landscape
+from landscape import memory
+from landscape.metrics import Eigenvalues
+
+KINDS = {"hessian": "hvp", "ggn": "ggn_vp", "empirical_fisher": "empirical_fisher_vp"}
+CASES = [
+    case for case in cases.WITH_OUTPUTS if case.name in {"tied", "groupnorm", "lstm", "padding", "frozen"}
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_products_are_the_same_bit_for_bit(case: cases.Case, kind: str) -> None:
+    problem = landscape.Problem(**case.arguments())
+    product = getattr(problem, KINDS[kind])
+    V = torch.randn(problem.size, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    once = product(V)
+    with problem.session(), problem.keeping_graphs():
+        for _ in range(3):
+            assert torch.equal(product(V), once)
+            assert torch.equal(product(V[:, 1]), once[:, 1])
+        assert len(problem.kept_graphs(kind) or {}) == len(list(problem.evaluator.pieces(problem.batches)))
+    assert problem.kept_graphs(kind) is None
+
+
+def test_another_matrix_point_data_or_part_is_another_graph() -> None:
+    case = cases.BY_NAME["tied"]
+    problem = landscape.Problem(**case.arguments())
+    moved = problem.at(problem.parameters_vector() * 1.1)
+    fewer = problem.on([next(iter(problem.batches))])
+    part = problem.only(problem.names[-1])
+    V = {p: torch.ones(p.size, dtype=torch.float64) for p in (problem, moved, fewer, part)}
+    expected = {p: (p.hvp(v), p.ggn_vp(v)) for p, v in V.items()}
+    with problem.session(), problem.keeping_graphs():
+        for _ in range(2):
+            for p, v in V.items():
+                assert torch.equal(p.hvp(v), expected[p][0])
+                assert torch.equal(p.ggn_vp(v), expected[p][1])
+
+
+def test_a_solve_keeps_graphs_only_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = cases.BY_NAME["tied"]
+    problem = landscape.Problem(**case.arguments())
+    needed = memory.graphs(problem, 1 << 30)
+    assert needed is not None
+    assert needed > 0
+    kept: list[bool] = []
+    hvp = landscape.Problem.hvp
+
+    def watched(self: landscape.Problem, V: torch.Tensor) -> torch.Tensor:
+        if self.batches is problem.batches:  # the check of products has its own small problem
+            kept.append(self.kept_graphs("hessian") is not None)
+        return hvp(self, V)
+
+    monkeypatch.setattr(landscape.Problem, "hvp", watched)
+    plain = landscape.evaluate(Eigenvalues(k=2), problem)
+    assert all(kept)
+    kept.clear()
+    tight = landscape.evaluate(Eigenvalues(k=2), problem, memory=max(1 << 17, 4 * needed))
+    assert kept
+    assert not any(kept)
+    assert abs(float(plain["eigenvalues"][0]) - float(tight["eigenvalues"][0])) < 1e-9
