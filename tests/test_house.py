@@ -42,6 +42,7 @@ FLOORS = [
     {"metrics.registry"},
     {"metrics.*"},
     {"metrics"},
+    {"plots.style", "plots.words"},
     {"run", "plots", "testbeds.*", "testbeds"},
     {"plots.*"},
 ]

@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from landscape import plots, results
-from landscape.plots import PlotError, plus_minus, trace
+from landscape.plots import PlotError, plus_minus, trace, words
 from landscape.results import Record, ResultsError, Variable
 
 LONG = [f"transformer.h.{i // 4}.attention.{'qkvo'[i % 4]}_proj.weight" for i in range(48)]
@@ -74,9 +74,9 @@ SMALL = [f"layers.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")]
 
 def drawn(record: Record, width: float, name: str = "digits_mlp") -> Figure:
     picture = trace.prepare(record, name)
-    figure = Figure(figsize=trace.figure_size(picture, width), layout="constrained")
+    figure = Figure(figsize=trace.figure_size([picture], width), layout="constrained")
     FigureCanvasAgg(figure)
-    trace.draw(figure, picture)
+    trace.draw(figure, [picture])
     figure.canvas.draw()
     return figure
 
@@ -95,13 +95,13 @@ def test_prepare_returns_the_stored_numbers_with_95_percent_bands():
     assert picture.layers == SMALL
     np.testing.assert_array_equal(picture.layer_values, record["layer_trace"])
     np.testing.assert_allclose(picture.layer_half_width, 1.96 * record["layer_trace_stderr"])
-    assert picture.title == "Trace of the Hessian of digits_mlp (2100 parameters)"
+    assert words.title("Trace", [picture.subject]) == "Trace of the Hessian of digits_mlp (2100 parameters)"
     assert picture.result.endswith(", 128 probes")
     assert picture.running[-1] == picture.value
 
 
 def test_titles_name_matrix_method_and_state():
-    assert "Gauss–Newton matrix" in trace.prepare(trace_record(SMALL, curvature="ggn")).title
+    assert trace.prepare(trace_record(SMALL, curvature="ggn")).subject.matrix == "the Gauss–Newton matrix"
     exact = trace.prepare(trace_record(SMALL, method="exact"))
     assert exact.result.endswith(": exact, 330 products")
     assert exact.half_width == 0
@@ -144,12 +144,12 @@ def test_nothing_measured_is_refused():
 
 def test_names_that_are_cut_can_be_told_apart():
     for longest in (30, 22, 14):
-        cut = trace.shortened(LONG, longest)
+        cut = words.shortened(LONG, longest)
         assert max(map(len, cut)) <= longest
         if longest > 14:
             assert len(set(cut)) == len(LONG)
-    assert trace.shortened(SMALL) == SMALL
-    assert trace.shortened(["x" * 50], 20) == ["…" + "x" * 19]
+    assert words.shortened(SMALL) == SMALL
+    assert words.shortened(["x" * 50], 20) == ["…" + "x" * 19]
 
 
 @pytest.mark.parametrize(
@@ -287,13 +287,13 @@ def test_plot_writes_every_format_the_same_each_time(tmp_path: Path):
 
 def test_the_interactive_picture_has_every_tensor():
     picture = trace.prepare(trace_record(LONG))
-    figure = trace.interactive(picture)
+    figure = trace.interactive([picture])
     bars = figure.data[1]
     assert list(bars.y) == LONG
     np.testing.assert_allclose(bars.x, picture.layer_values)
     np.testing.assert_allclose(bars.error_x.array, picture.layer_half_width)
     np.testing.assert_allclose(figure.data[0].y, picture.running)
-    assert len(trace.interactive(trace.prepare(trace_record(SMALL, method="exact"))).data) == 1
+    assert len(trace.interactive([trace.prepare(trace_record(SMALL, method="exact"))]).data) == 1
 
 
 def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
