@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -10,11 +9,10 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
+import pictures
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from matplotlib.text import Text
 
 from landscape import plots, results
 from landscape.plots import PlotError, plus_minus, trace, words
@@ -72,13 +70,8 @@ def trace_record(
 SMALL = [f"layers.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")]
 
 
-def drawn(record: Record, width: float, name: str = "digits_mlp") -> Figure:
-    picture = trace.prepare(record, name)
-    figure = Figure(figsize=trace.figure_size([picture], width), layout="constrained")
-    FigureCanvasAgg(figure)
-    trace.draw(figure, [picture])
-    figure.canvas.draw()
-    return figure
+def drawn(record: Record, width: float) -> Figure:
+    return pictures.drawn(trace, [record], width)
 
 
 # --- prepare ------------------------------------------------------------------------------------------
@@ -181,36 +174,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("width", [7.0, 3.4])
 def test_every_text_lies_in_the_figure_is_large_enough_and_apart(case: str, width: float):
-    figure = drawn(CASES[case], width)
-    renderer = figure.canvas.get_renderer()
-    titles, tick_labels, others = _texts(figure)
-    assert len(titles) + len(tick_labels) > 8
-    for text in [*titles, *tick_labels, *others]:
-        box = text.get_window_extent(renderer)
-        assert text.get_fontsize() >= 7, text.get_text()
-        assert box.x0 >= -1, text.get_text()
-        assert box.y0 >= -1, text.get_text()
-        assert box.x1 <= figure.bbox.x1 + 1, text.get_text()
-        assert box.y1 <= figure.bbox.y1 + 1, text.get_text()
-    boxes = [(t.get_text(), t.get_window_extent(renderer).padded(-0.5)) for t in [*titles, *tick_labels]]
-    for (a, first), (b, second) in itertools.combinations(boxes, 2):
-        assert not first.overlaps(second), f"{a!r} runs into {b!r}"
-
-
-def _texts(figure: Figure) -> tuple[list[Text], list[Text], list[Text]]:
-    """Titles and axis labels, the tick labels that are drawn, and the rest (legends)."""
-    ticks, hidden = [], []
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            for tick in axis.get_major_ticks():
-                # matplotlib keeps labels of ticks outside the limits, without drawing them
-                (ticks if low <= tick.get_loc() <= high else hidden).append(tick.label1)
-    legends = [text for axes in figure.axes if axes.get_legend() for text in axes.get_legend().get_texts()]
-    known = {*ticks, *hidden, *legends}
-    every = [t for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible()]
-    titles = [t for t in every if t not in known and type(t) is Text]
-    return titles, [t for t in ticks if t.get_text()], legends
+    pictures.assert_readable(drawn(CASES[case], width), least=8)
 
 
 def test_what_is_drawn_is_what_was_prepared():

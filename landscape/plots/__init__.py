@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import io
 import pkgutil
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -113,9 +112,11 @@ def _names(paths: Sequence[Path | None]) -> list[str]:
 def _one_metric(records: Sequence[Record], names: Sequence[str]) -> str:
     metrics = [str(record.attrs.get("metric", "")) for record in records]
     if len(set(metrics)) > 1:
-        found = ", ".join(f"{metric} of {name}" for metric, name in zip(metrics, names, strict=True))
+        found = ", ".join(
+            f"{m} of {n or f'run {i}'}" for i, (m, n) in enumerate(zip(metrics, names, strict=True), 1)
+        )
         raise PlotError(
-            f"one picture shows one metric, but these are {found}; draw the {len(Counter(metrics))} metrics apart"
+            f"one picture shows one metric, but these are {found}; draw the {len(set(metrics))} metrics apart"
         )
     return metrics[0]
 
@@ -128,6 +129,7 @@ def _module(metric: str) -> ModuleType:
 
 
 def _image(module: ModuleType, pictures: Sequence[Any], kind: str, width: float | None, dpi: int) -> bytes:
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -135,7 +137,8 @@ def _image(module: ModuleType, pictures: Sequence[Any], kind: str, width: float 
     FigureCanvasAgg(figure)
     module.draw(figure, pictures)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind[1:], dpi=dpi, metadata=_NO_DATES[kind])
+    with matplotlib.rc_context({"svg.hashsalt": "landscape"}):  # names of an .svg's parts are else random
+        figure.savefig(buffer, format=kind[1:], dpi=dpi, metadata=_NO_DATES[kind])
     return buffer.getvalue()
 
 

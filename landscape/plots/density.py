@@ -65,10 +65,10 @@ def prepare(record: Record, name: str = "") -> DensityPicture:
     Raises:
         PlotError: if nothing is measured yet.
     """
-    if "density" not in record or not np.any(np.isfinite(record["density"])):
-        raise PlotError("no density is measured yet; run `landscape measure` again to go on")
     logarithmic = record.attrs.get("x_scale", "linear") == "log"
-    known = np.isfinite(record["density"])
+    known = np.isfinite(record["density"]) if "density" in record else np.zeros(0, bool)
+    if not np.any(known):
+        raise PlotError("no density is measured yet; run `landscape measure` again to go on")
     if logarithmic:
         known &= record["x"] > 0
     x, density, low, high = (record[v][known] for v in ("x", "density", "density_low", "density_high"))
@@ -99,7 +99,7 @@ def figure_size(pictures: Sequence[DensityPicture], width: float) -> tuple[float
     rows = 2 if narrow and _bulk(pictures) else 1
     text = 0.55 + (0.35 if narrow else 0.0)
     labels = _LABEL_HEIGHT if len(pictures) == 1 and len(pictures[0].outliers) else 0.0
-    return width, text + labels + style.legend_height(_labels(pictures), width) + rows * (PLOT_HEIGHT + 0.1)
+    return width, text + labels + style.legend_height(_legend(pictures), width) + rows * (PLOT_HEIGHT + 0.1)
 
 
 def draw(figure: Figure, pictures: Sequence[DensityPicture]) -> None:
@@ -126,7 +126,10 @@ def draw(figure: Figure, pictures: Sequence[DensityPicture]) -> None:
         draw_bulk(inner, pictures, bulk)
     lines = [style.wrapped(line, width, TEXT) for line in _heading(pictures)]
     figure.suptitle("\n".join(lines), fontsize=TEXT)
-    style.run_legend(figure, whole.get_lines()[: len(pictures)], _labels(pictures))
+    if len(pictures) > 1:
+        style.run_legend(figure, _legend(pictures), markers=False)
+    else:
+        style.legend_below(figure, whole.get_legend_handles_labels()[0], _legend(pictures))
 
 
 def draw_whole(axes: Axes, pictures: Sequence[DensityPicture], inches: float) -> None:
@@ -151,8 +154,6 @@ def draw_whole(axes: Axes, pictures: Sequence[DensityPicture], inches: float) ->
     _mark_outliers(axes, pictures, factor, inches)
     axes.set_xlabel(f"|eigenvalue| ({unit})" if logarithmic else f"eigenvalue ({unit})", fontsize=TEXT)
     axes.set_ylabel(_density_label(pictures), fontsize=TEXT)
-    if len(pictures) == 1:
-        axes.legend(fontsize=SMALL, frameon=False, loc="upper right")
     style.dress(axes)
 
 
@@ -245,8 +246,9 @@ def _mark_outliers(axes: Axes, pictures: Sequence[DensityPicture], factor: float
         return
     for value, place, shifted in label_places(pictures[0], axes.get_xlim(), factor, inches):
         axes.plot([place, shifted], [1.04, 1.075], transform=across, color=GREY, linewidth=0.5, clip_on=False)
-        axes.annotate(words.number(value), (shifted, 1.075), (0, 1.5), xycoords=across, rotation=90, ha="center",
-                      va="bottom", textcoords="offset points", fontsize=SMALL, annotation_clip=False)  # fmt: skip
+        axes.annotate(words.number(value * factor), (shifted, 1.075), (0, 1.5), xycoords=across, rotation=90,
+                      ha="center", va="bottom", textcoords="offset points", fontsize=SMALL,
+                      annotation_clip=False)  # fmt: skip
 
 
 def label_places(
@@ -319,7 +321,7 @@ def _widths(pictures: Sequence[DensityPicture]) -> str:
     span = words.number(widths[0], 2) + (
         f" to {words.number(widths[-1], 2)}" if widths[0] < widths[-1] else ""
     )
-    return f"smoothed with σ = {span} {unit}"
+    return "smoothed with " + words.unbroken(f"σ = {span} {unit}")
 
 
 def _caption(record: Record, width: str, outliers: np.ndarray) -> str:
@@ -328,11 +330,17 @@ def _caption(record: Record, width: str, outliers: np.ndarray) -> str:
     if "ritz_values" in record:
         probes, nodes = record["ritz_values"].shape
         parts.append(f"{probes} probe{'s' * (probes > 1)} of {nodes} nodes")
-    sigma = f"σ = {width}".replace(" ", "\u00a0")  # stays on one line
-    parts.append(f"{record.attrs.get('smoothing', 'smoothed')}, {sigma}")
-    parts.append(_count(len(outliers)))
+    smoothing = record.attrs.get("smoothing", "smoothed")
+    parts += [f"{smoothing}, {words.unbroken(f'σ = {width}')}", words.unbroken(_count(len(outliers)))]
     text = "; ".join(parts)
     return text if record.attrs.get("complete", True) else f"{text} (not finished)"
+
+
+def _legend(pictures: Sequence[DensityPicture]) -> list[str]:
+    """Return the entries of the legend: the parts of one curve, or the runs."""
+    outliers = len(pictures[0].outliers)
+    parts = ["density", "95 % band", *([f"outliers ({outliers})"] if outliers else [])]
+    return _labels(pictures) if len(pictures) > 1 else parts
 
 
 def _count(outliers: int) -> str:

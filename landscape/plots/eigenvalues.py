@@ -70,6 +70,7 @@ def prepare(record: Record, name: str = "") -> EigenvaluesPicture:
         raise PlotError("no eigenvalue is found yet; run `landscape measure` again to go on")
     subject = words.subject(record, name)
     residuals, converged = record["residual_norm"], record["pair_converged"]
+    residuals = np.where(np.isfinite(residuals), residuals, 0.0)  # no bar where it is not known
     which = str(words.configuration(record).get("which", "largest"))
     ends = {}
     for end in ("largest", "smallest"):
@@ -108,8 +109,7 @@ def draw(figure: Figure, pictures: Sequence[EigenvaluesPicture]) -> None:
     if len(pictures) == 1:
         title.append(pictures[0].result)
     figure.suptitle("\n".join(style.wrapped(line, width, TEXT + 0.5) for line in title), fontsize=TEXT + 0.5)
-    handles = [_handle(style.look(index)) for index in range(len(pictures))]
-    style.run_legend(figure, handles, _labels(pictures))
+    style.run_legend(figure, _labels(pictures))
 
 
 def draw_end(axes: Axes, pictures: Sequence[EigenvaluesPicture], end: str) -> None:
@@ -137,7 +137,8 @@ def draw_end(axes: Axes, pictures: Sequence[EigenvaluesPicture], end: str) -> No
                     marker="v" if negative else look.marker, markeredgewidth=0.9,
                     markerfacecolor=look.color if converged else "white", zorder=4,
                 )  # fmt: skip
-    _set_scale(axes, every * factor, kind)
+    bars = np.concatenate([part.residuals for _, part in drawn])
+    _set_scale(axes, every * factor, bars * factor, kind)
     count = max(len(part.index) for _, part in drawn)
     axes.set_xticks(style.index_ticks(count))
     axes.set_xlim(1 - 0.04 * count, count * 1.04)
@@ -198,22 +199,24 @@ def interactive(pictures: Sequence[EigenvaluesPicture]) -> plotly.graph_objects.
 
 
 def _result(record: Record, values: np.ndarray, residuals: np.ndarray, converged: np.ndarray) -> str:
-    """Return for example `20 eigenvalues, residuals (bars) at most 5.8 × 10⁻⁵; 2 have not converged`."""
-    largest = float(np.max(residuals[np.isfinite(residuals)], initial=0.0))
-    text = f"{len(values)} eigenvalue{'s' * (len(values) > 1)}, residuals (bars) at most {words.number(largest, 2)}"
+    """Return for example `20 eigenvalues; bars are residuals, at most 5.8 × 10⁻⁵; 2 have not converged`."""
+    largest = words.unbroken(words.number(float(residuals.max()), 2))
+    plural = "s" * (len(values) > 1)
+    text = f"{len(values)} eigenvalue{plural}; bars are residuals, at most {largest}"
     if missed := int(np.sum(~converged)):
         text += f"; {missed} {'has' if missed == 1 else 'have'} not converged"
     return text if record.attrs.get("complete", True) else f"{text} (not finished)"
 
 
-def _set_scale(axes: Axes, values: np.ndarray, kind: str) -> None:
+def _set_scale(axes: Axes, values: np.ndarray, bars: np.ndarray, kind: str) -> None:
     if kind == "symlog":
         style.signed_log(axes, values)
     elif kind == "log":
         style.log_axis(axes, values.min() / 1.5, values.max() * 1.5)
     else:
-        room = 0.08 * (np.ptp(values) or abs(values[0]) or 1.0)
-        axes.set_ylim(values.min() - room, values.max() + room)
+        low, high = float((values - bars).min()), float((values + bars).max())
+        room = 0.08 * ((high - low) or 1.0)
+        axes.set_ylim(low - room, high + room)
     if kind != "log" and values.min() < 0 < values.max():
         axes.axhline(0, color=GREY, linewidth=0.6, zorder=1)
 
@@ -243,14 +246,6 @@ def _legend(axes: Axes, parts: Sequence[End]) -> None:
     ]
     if handles:
         axes.legend(handles=handles, fontsize=SMALL, frameon=False, loc="upper right")
-
-
-def _handle(look: style.Look) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D(
-        [], [], color=look.color, marker=look.marker, linestyle=look.line, linewidth=0.7, markersize=4.2
-    )
 
 
 def _ends(pictures: Sequence[EigenvaluesPicture]) -> list[str]:

@@ -124,10 +124,26 @@ def index_ticks(count: int, most: int = 6) -> list[int]:
         power *= 10
 
 
-def run_legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """Name several runs below the panels; nothing for a single one."""
+def run_legend(figure: Figure, names: Sequence[str], *, markers: bool = True) -> None:
+    """Name several runs below the panels, each with its look; nothing for a single one."""
+    from matplotlib.lines import Line2D
+
     if len(names) < 2:
         return
+    looks = [look(index) for index in range(len(names))]
+    legend_below(
+        figure,
+        [
+            Line2D([], [], color=one.color, linestyle=one.line, linewidth=1.1, markersize=4,
+                   marker=one.marker if markers else "")
+            for one in looks
+        ],
+        names,
+    )  # fmt: skip
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """Put a legend below the panels, in as many columns as have room."""
     columns = _legend_columns(names, figure.get_figwidth())
     figure.legend(
         handles, names, loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False,
@@ -136,7 +152,7 @@ def run_legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> 
 
 
 def legend_height(names: Sequence[str], width: float) -> float:
-    """Return inches that the legend of these runs takes."""
+    """Return inches that the legend with these entries takes; none for a single one."""
     return _LEGEND_ROW * -(-len(names) // _legend_columns(names, width)) if len(names) > 1 else 0.0
 
 

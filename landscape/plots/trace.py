@@ -128,7 +128,7 @@ def draw(figure: Figure, pictures: Sequence[TracePicture]) -> None:
     if not _has_running(pictures) and len(pictures) == 1:
         title += f"\n{pictures[0].result}"
     figure.suptitle(title, fontsize=TEXT + 1)
-    style.run_legend(figure, places[0].get_legend_handles_labels()[0], _labels(pictures))
+    style.run_legend(figure, _labels(pictures))
 
 
 def draw_running(axes: Axes, pictures: Sequence[TracePicture], column: bool = False) -> None:  # noqa: ARG001

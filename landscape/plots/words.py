@@ -111,6 +111,11 @@ def clipped(name: str, longest: int = _LONGEST_LABEL) -> str:
     return name if len(name) <= longest else f"{name[: (longest - 1) // 2]}…{name[-(longest // 2) :]}"
 
 
+def unbroken(text: str) -> str:
+    """Return a text with spaces at which no line is broken."""
+    return text.replace(" ", "\u00a0")
+
+
 def shortened(names: list[str], longest: int = _LONGEST_LABEL) -> list[str]:
     """Return the names cut to a length at which they can still be told apart.
 
