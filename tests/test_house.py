@@ -54,6 +54,7 @@ FLOORS = [
     {"metrics.registry"},
     {"metrics.*"},
     {"metrics"},
+    {"plots.style", "plots.words"},
     {"run", "plots", "testbeds.*", "testbeds"},
     {"plots.*"},
 ]

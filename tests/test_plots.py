@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -10,14 +9,13 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
+import pictures
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from matplotlib.text import Text
 
 from landscape import plots, results
-from landscape.plots import PlotError, plus_minus, trace
+from landscape.plots import PlotError, plus_minus, trace, words
 from landscape.results import Record, ResultsError, Variable
 
 LONG = [f"transformer.h.{i // 4}.attention.{'qkvo'[i % 4]}_proj.weight" for i in range(48)]
@@ -72,13 +70,8 @@ def trace_record(
 SMALL = [f"layers.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")]
 
 
-def drawn(record: Record, width: float, name: str = "digits_mlp") -> Figure:
-    picture = trace.prepare(record, name)
-    figure = Figure(figsize=trace.figure_size(picture, width), layout="constrained")
-    FigureCanvasAgg(figure)
-    trace.draw(figure, picture)
-    figure.canvas.draw()
-    return figure
+def drawn(record: Record, width: float) -> Figure:
+    return pictures.drawn(trace, [record], width)
 
 
 # --- prepare ------------------------------------------------------------------------------------------
@@ -95,13 +88,13 @@ def test_prepare_returns_the_stored_numbers_with_95_percent_bands():
     assert picture.layers == SMALL
     np.testing.assert_array_equal(picture.layer_values, record["layer_trace"])
     np.testing.assert_allclose(picture.layer_half_width, 1.96 * record["layer_trace_stderr"])
-    assert picture.title == "Trace of the Hessian of digits_mlp (2100 parameters)"
+    assert words.title("Trace", [picture.subject]) == "Trace of the Hessian of digits_mlp (2100 parameters)"
     assert picture.result.endswith(", 128 probes")
     assert picture.running[-1] == picture.value
 
 
 def test_titles_name_matrix_method_and_state():
-    assert "Gauss–Newton matrix" in trace.prepare(trace_record(SMALL, curvature="ggn")).title
+    assert trace.prepare(trace_record(SMALL, curvature="ggn")).subject.matrix == "the Gauss–Newton matrix"
     exact = trace.prepare(trace_record(SMALL, method="exact"))
     assert exact.result.endswith(": exact, 330 products")
     assert exact.half_width == 0
@@ -144,12 +137,12 @@ def test_nothing_measured_is_refused():
 
 def test_names_that_are_cut_can_be_told_apart():
     for longest in (30, 22, 14):
-        cut = trace.shortened(LONG, longest)
+        cut = words.shortened(LONG, longest)
         assert max(map(len, cut)) <= longest
         if longest > 14:
             assert len(set(cut)) == len(LONG)
-    assert trace.shortened(SMALL) == SMALL
-    assert trace.shortened(["x" * 50], 20) == ["…" + "x" * 19]
+    assert words.shortened(SMALL) == SMALL
+    assert words.shortened(["x" * 50], 20) == ["…" + "x" * 19]
 
 
 @pytest.mark.parametrize(
@@ -181,36 +174,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("width", [7.0, 3.4])
 def test_every_text_lies_in_the_figure_is_large_enough_and_apart(case: str, width: float):
-    figure = drawn(CASES[case], width)
-    renderer = figure.canvas.get_renderer()
-    titles, tick_labels, others = _texts(figure)
-    assert len(titles) + len(tick_labels) > 8
-    for text in [*titles, *tick_labels, *others]:
-        box = text.get_window_extent(renderer)
-        assert text.get_fontsize() >= 7, text.get_text()
-        assert box.x0 >= -1, text.get_text()
-        assert box.y0 >= -1, text.get_text()
-        assert box.x1 <= figure.bbox.x1 + 1, text.get_text()
-        assert box.y1 <= figure.bbox.y1 + 1, text.get_text()
-    boxes = [(t.get_text(), t.get_window_extent(renderer).padded(-0.5)) for t in [*titles, *tick_labels]]
-    for (a, first), (b, second) in itertools.combinations(boxes, 2):
-        assert not first.overlaps(second), f"{a!r} runs into {b!r}"
-
-
-def _texts(figure: Figure) -> tuple[list[Text], list[Text], list[Text]]:
-    """Titles and axis labels, the tick labels that are drawn, and the rest (legends)."""
-    ticks, hidden = [], []
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            for tick in axis.get_major_ticks():
-                # matplotlib keeps labels of ticks outside the limits, without drawing them
-                (ticks if low <= tick.get_loc() <= high else hidden).append(tick.label1)
-    legends = [text for axes in figure.axes if axes.get_legend() for text in axes.get_legend().get_texts()]
-    known = {*ticks, *hidden, *legends}
-    every = [t for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible()]
-    titles = [t for t in every if t not in known and type(t) is Text]
-    return titles, [t for t in ticks if t.get_text()], legends
+    pictures.assert_readable(drawn(CASES[case], width), least=8)
 
 
 def test_what_is_drawn_is_what_was_prepared():
@@ -287,13 +251,13 @@ def test_plot_writes_every_format_the_same_each_time(tmp_path: Path):
 
 def test_the_interactive_picture_has_every_tensor():
     picture = trace.prepare(trace_record(LONG))
-    figure = trace.interactive(picture)
+    figure = trace.interactive([picture])
     bars = figure.data[1]
     assert list(bars.y) == LONG
     np.testing.assert_allclose(bars.x, picture.layer_values)
     np.testing.assert_allclose(bars.error_x.array, picture.layer_half_width)
     np.testing.assert_allclose(figure.data[0].y, picture.running)
-    assert len(trace.interactive(trace.prepare(trace_record(SMALL, method="exact"))).data) == 1
+    assert len(trace.interactive([trace.prepare(trace_record(SMALL, method="exact"))]).data) == 1
 
 
 def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,21 +1,23 @@
 """Pictures of results, drawn without torch.
 
-Each file draws one metric: `prepare(record)` turns what is stored into plain arrays, `draw(figure, prepared)`
-draws them with matplotlib, `interactive(prepared)` with plotly. Figures are made without pyplot, so nothing
-global changes.
+Each file draws one metric: `prepare(record, name)` turns what is stored into plain arrays, a picture of one
+run; `draw(figure, pictures)` draws one or several of them with matplotlib, `interactive(pictures)` with plotly.
+Figures are made without pyplot, so nothing global changes. `words` and `style` are shared by all.
 """
 
 from __future__ import annotations
 
 import importlib
 import io
-import math
 import pkgutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from landscape import atomic
+from landscape.plots.style import MOST_RUNS
+from landscape.plots.words import plus_minus, power_of_ten
 
 if TYPE_CHECKING:
     from landscape.results import Record
@@ -24,6 +26,7 @@ __all__ = ["PlotError", "metrics_with_a_picture", "plot", "plus_minus", "power_o
 
 WIDTH = 7.0
 """Default width in inches: the text width of a page."""
+_SHARED = {"style", "words"}
 _FORMATS = {".png", ".pdf", ".svg", ".html"}
 # Without these, the same record drawn twice would give two files that differ.
 _NO_DATES: dict[str, dict[str, Any]] = {
@@ -38,12 +41,16 @@ class PlotError(Exception):
 
 
 def plot(
-    record_or_path: Record | Path | str, out: Path | str, *, width: float | None = None, dpi: int = 200
+    record_or_path: Record | Path | str | Sequence[Record | Path | str],
+    out: Path | str,
+    *,
+    width: float | None = None,
+    dpi: int = 200,
 ) -> Path:
-    """Draw a measurement into a file.
+    """Draw a measurement, or several of the same metric over each other, into a file.
 
     Args:
-        record_or_path: a measurement, or its `.h5` file.
+        record_or_path: a measurement, or its `.h5` file; or a sequence of them, one for each run.
         out: the picture; its ending chooses the format: .png, .pdf, .svg, or .html (interactive).
         width: in inches, 7 by default; below 5 the panels stand one above the other.
         dpi: pixels per inch of a .png.
@@ -52,8 +59,9 @@ def plot(
         The path of the picture.
 
     Raises:
-        ValueError: if `out` has another ending.
-        PlotError: if there is no picture of this metric, nothing to draw yet, or plotly is missing.
+        ValueError: if `out` has another ending, or there is no measurement.
+        PlotError: if there is no picture of this metric, nothing to draw yet, the measurements do not fit
+            into one picture, or plotly is missing.
         landscape.ResultsError: if a file cannot be read or written.
     """
     out = Path(out)
@@ -62,65 +70,55 @@ def plot(
         raise ValueError(
             f"{out} is no picture we can draw; allowed endings are {', '.join(sorted(_FORMATS))}"
         )
-    record, name = _record(record_or_path)
-    module = _module(str(record.attrs.get("metric", "")))
-    prepared = module.prepare(record, name=name)
-    atomic.replace(
-        out, [_html(module, prepared) if kind == ".html" else _image(module, prepared, kind, width, dpi)]
-    )
+    records, names = _read(record_or_path)
+    module = _module(_one_metric(records, names))
+    pictures = [module.prepare(record, name=name) for record, name in zip(records, names, strict=True)]
+    image = _html(module, pictures) if kind == ".html" else _image(module, pictures, kind, width, dpi)
+    atomic.replace(out, [image])
     return out
 
 
 def metrics_with_a_picture() -> list[str]:
     """Return the names of the metrics that can be drawn."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted({module.name for module in pkgutil.iter_modules(__path__)} - _SHARED)
 
 
-def plus_minus(value: float, stderr: float | None) -> str:
-    """Return `value ± stderr`, the error with two digits and the value with as many places.
-
-    Args:
-        value: an estimate.
-        stderr: its standard error; 0 for an exact value, None or NaN where it is not known.
-
-    >>> plus_minus(1234.5678, 6.789), plus_minus(-1.5e-7, 2e-9)
-    ('1234.6 ± 6.8', '(−1.500 ± 0.020) × 10⁻⁷')
-    >>> plus_minus(2.0, 0.0), plus_minus(2.5, None)
-    ('2', '2.5')
-    """
-    if not math.isfinite(value):
-        return str(value)
-    if stderr is None or not math.isfinite(stderr) or stderr == 0:
-        # an exact value is as exact as its arithmetic: ten digits hold in double precision
-        return f"{value:.{10 if stderr == 0 else 6}g}".replace("-", "−")
-    power = math.floor(math.log10(max(abs(value), stderr)))
-    if stderr >= 100 or power < -3:
-        return f"({_fixed(value / 10.0**power, stderr / 10.0**power)}) × {power_of_ten(power)}"
-    return _fixed(value, stderr)
-
-
-def power_of_ten(power: int) -> str:
-    """Return 10 to a power in words.
-
-    >>> power_of_ten(-12)
-    '10⁻¹²'
-    """
-    return "10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def _fixed(value: float, stderr: float) -> str:
-    places = max(0, 1 - math.floor(math.log10(stderr)))
-    return f"{value:.{places}f} ± {stderr:.{places}f}".replace("-", "−")
-
-
-def _record(source: Record | Path | str) -> tuple[Record, str]:
-    """Return the measurement and the name of its run."""
+def _read(given: Record | Path | str | Sequence[Record | Path | str]) -> tuple[list[Record], list[str]]:
+    """Return the measurements and the names of their runs."""
     from landscape import results
 
-    if isinstance(source, results.Record):
-        return source, ""
-    path = Path(source)
-    return results.read(path), path.resolve().parent.name
+    sources = [given] if isinstance(given, results.Record | Path | str) else list(given)
+    if not sources:
+        raise ValueError("no measurement to draw; name one .h5 file or more")
+    if len(sources) > MOST_RUNS:
+        raise PlotError(
+            f"{len(sources)} runs cannot be told apart in one picture; draw at most {MOST_RUNS} together"
+        )
+    paths = [None if isinstance(s, results.Record) else Path(s) for s in sources]
+    records = [s if isinstance(s, results.Record) else results.read(s) for s in sources]
+    return records, _names(paths)
+
+
+def _names(paths: Sequence[Path | None]) -> list[str]:
+    """Return what tells the runs apart: their directories' names, with as much of the path as that takes."""
+    whole = [path.resolve().with_suffix("").parts if path else () for path in paths]
+    directories = [parts[-2] if parts else "" for parts in whole]
+    # the directory alone, or with the file's name, or with the directories above
+    longer = (["/".join(parts[-depth:]) for parts in whole] for depth in range(2, max(map(len, whole)) + 1))
+    unique = (names for names in (directories, *longer) if len(set(names)) == len(names))
+    return next(unique, directories)  # records without files, or a file twice, are numbered in the legend
+
+
+def _one_metric(records: Sequence[Record], names: Sequence[str]) -> str:
+    metrics = [str(record.attrs.get("metric", "")) for record in records]
+    if len(set(metrics)) > 1:
+        found = ", ".join(
+            f"{m} of {n or f'run {i}'}" for i, (m, n) in enumerate(zip(metrics, names, strict=True), 1)
+        )
+        raise PlotError(
+            f"one picture shows one metric, but these are {found}; draw the {len(set(metrics))} metrics apart"
+        )
+    return metrics[0]
 
 
 def _module(metric: str) -> ModuleType:
@@ -130,21 +128,23 @@ def _module(metric: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{metric}")
 
 
-def _image(module: ModuleType, prepared: Any, kind: str, width: float | None, dpi: int) -> bytes:
+def _image(module: ModuleType, pictures: Sequence[Any], kind: str, width: float | None, dpi: int) -> bytes:
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=module.figure_size(prepared, width or WIDTH), layout="constrained")
+    figure = Figure(figsize=module.figure_size(pictures, width or WIDTH), layout="constrained")
     FigureCanvasAgg(figure)
-    module.draw(figure, prepared)
+    module.draw(figure, pictures)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind[1:], dpi=dpi, metadata=_NO_DATES[kind])
+    with matplotlib.rc_context({"svg.hashsalt": "landscape"}):  # names of an .svg's parts are else random
+        figure.savefig(buffer, format=kind[1:], dpi=dpi, metadata=_NO_DATES[kind])
     return buffer.getvalue()
 
 
-def _html(module: ModuleType, prepared: Any) -> bytes:
+def _html(module: ModuleType, pictures: Sequence[Any]) -> bytes:
     try:
-        figure = module.interactive(prepared)
+        figure = module.interactive(pictures)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "plotly":
             raise

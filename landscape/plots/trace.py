@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from landscape.plots import PlotError, plus_minus, power_of_ten
+from landscape.plots import PlotError, style, words
+from landscape.plots.style import BLUE, GREY, PLOT_HEIGHT, SMALL, TEXT, VERMILLION
+from landscape.plots.words import Subject
 
 if TYPE_CHECKING:
     import plotly.graph_objects
@@ -18,15 +19,9 @@ if TYPE_CHECKING:
 
     from landscape.results import Record
 
-# Okabe & Ito's palette, told apart with every kind of colour vision.
-_BLUE, _VERMILLION, _GREY = "#0072B2", "#D55E00", "#555555"
 _NORMAL_95 = 1.96
 _MOST_BARS = 20
 _LONGEST_NAME, _LONGEST_IN_A_COLUMN = 30, 22
-_SIDE_BY_SIDE = 5.0  # inches: a narrower figure has its panels one above the other
-_TEXT, _SMALL = 8.0, 7.0  # points: the sizes of captions in print
-_TITLE_HEIGHT, _PLOT_HEIGHT = 0.4, 2.4  # inches
-_MATRICES = {"hessian": "Hessian", "ggn": "Gauss–Newton matrix"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class TracePicture:
     """What a picture of a trace shows; every band is 95 % (value ± 1.96 stderr).
 
     Attributes:
-        title: matrix, run and size.
+        subject: matrix, run and size.
         result: the final value in words.
         unit: what is counted along the running estimate: "probes", or "estimates" of many products each.
         value: the final value.
@@ -47,7 +42,7 @@ class TracePicture:
         layer_half_width: halves of their bands, (layers,).
     """
 
-    title: str
+    subject: Subject
     result: str
     unit: str
     value: float
@@ -81,7 +76,7 @@ def prepare(record: Record, name: str = "") -> TracePicture:
     layers, layer_values, layer_half_width = _layers(record)
     counts, running, running_half_width = _rounds(record)
     return TracePicture(
-        title=_title(record, name),
+        subject=words.subject(record, name),
         result=_result(record, value, stderr),
         unit="estimates" if record.attrs.get("method") in {"hutchpp", "xtrace"} else "probes",
         value=value,
@@ -95,25 +90,29 @@ def prepare(record: Record, name: str = "") -> TracePicture:
     )
 
 
-def figure_size(picture: TracePicture, width: float) -> tuple[float, float]:
-    """Return width and height in inches, with room for the names of the tensors."""
-    bars = _bars_height(picture)
-    if len(picture.counts) and picture.layers and width < _SIDE_BY_SIDE:
-        return width, _TITLE_HEIGHT + _PLOT_HEIGHT + max(_PLOT_HEIGHT / 2, bars)
-    return width, _TITLE_HEIGHT + max(_PLOT_HEIGHT, bars)
+def figure_size(pictures: Sequence[TracePicture], width: float) -> tuple[float, float]:
+    """Return width and height in inches, with room for the names of the tensors and of the runs."""
+    bars = _bars_height(len(_common_layers(pictures)))
+    rest = style.TITLE_HEIGHT + style.legend_height(_labels(pictures), width)
+    if _has_running(pictures) and bars and width < style.SIDE_BY_SIDE:
+        return width, rest + PLOT_HEIGHT + max(PLOT_HEIGHT / 2, bars)
+    return width, rest + max(PLOT_HEIGHT, bars)
 
 
-def draw(figure: Figure, picture: TracePicture) -> None:
-    """Draw the picture into an empty figure: one panel, or two side by side or stacked.
+def draw(figure: Figure, pictures: Sequence[TracePicture]) -> None:
+    """Draw the pictures into an empty figure: one panel, or two side by side or stacked.
+
+    The tensors of several runs are shown where all runs have the same ones.
 
     Args:
         figure: a `matplotlib.figure.Figure`.
-        picture: what `prepare` returned.
+        pictures: what `prepare` returned, one for each run.
     """
-    column = figure.get_figwidth() < _SIDE_BY_SIDE
-    panels = [draw_running] * bool(len(picture.counts)) + [draw_layers] * bool(picture.layers)
+    column = figure.get_figwidth() < style.SIDE_BY_SIDE
+    bars = _bars_height(len(_common_layers(pictures)))
+    panels = [draw_running] * _has_running(pictures) + [draw_layers] * bool(bars)
     if column:
-        heights = [_PLOT_HEIGHT, max(_PLOT_HEIGHT / 2, _bars_height(picture))]
+        heights = [PLOT_HEIGHT, max(PLOT_HEIGHT / 2, bars)]
         # each its own subfigure: long names of tensors then do not narrow the other panel
         parts = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=heights[: len(panels)])
         places = [part.subplots() for part in parts.flat]
@@ -123,55 +122,94 @@ def draw(figure: Figure, picture: TracePicture) -> None:
         )
         places = list(grid.flat)
     for panel, axes in zip(panels, places, strict=True):
-        panel(axes, picture, column)
-    title = picture.title if len(picture.counts) else f"{picture.title}\n{picture.result}"
-    figure.suptitle(title.replace(" (", "\n(") if column else title, fontsize=_TEXT + 1)
+        panel(axes, pictures, column)
+    title = words.title("Trace", [p.subject for p in pictures])
+    title = title.replace(" (", "\n(") if column else title
+    if not _has_running(pictures) and len(pictures) == 1:
+        title += f"\n{pictures[0].result}"
+    figure.suptitle(title, fontsize=TEXT + 1)
+    style.run_legend(figure, _labels(pictures))
 
 
-def draw_running(axes: Axes, picture: TracePicture, column: bool = False) -> None:  # noqa: ARG001
-    """Draw the running estimate against the number of probes, its band, and the final value."""
-    factor, unit = _scale(picture.running)
-    counts, running, half = picture.counts, picture.running * factor, picture.running_half_width * factor
-    axes.axhline(
-        picture.value * factor, color=_VERMILLION, linewidth=1, linestyle="--", zorder=1, label="final value"
-    )
-    axes.fill_between(counts, running - half, running + half, color=_BLUE, alpha=0.18, linewidth=0, zorder=2)
-    axes.errorbar(counts, running, yerr=half, color=_BLUE, marker="o", markersize=3.5, linewidth=1.2,
-                  elinewidth=0.8, capsize=2, zorder=3, label="estimate, 95 % interval")  # fmt: skip
+def draw_running(axes: Axes, pictures: Sequence[TracePicture], column: bool = False) -> None:  # noqa: ARG001
+    """Draw the running estimates against the number of probes, their bands, and the final value."""
+    every = np.concatenate([np.array([p.value]) if not len(p.counts) else p.running for p in pictures])
+    factor, unit = words.scale(every, pictures[0].subject.curvature)
+    single = len(pictures) == 1
+    edges = []
+    for index, picture in enumerate(pictures):
+        look = style.look(index)
+        running, half = picture.running * factor, picture.running_half_width * factor
+        edges += [picture.value * factor, *(running - half), *(running + half)]
+        if single or not len(picture.counts):
+            axes.axhline(
+                picture.value * factor, color=VERMILLION if single else look.color, linewidth=1,
+                linestyle="--", zorder=1, label="final value",
+            )  # fmt: skip
+        if not len(picture.counts):
+            continue
+        axes.fill_between(
+            picture.counts,
+            running - half,
+            running + half,
+            color=look.color,
+            alpha=style.BAND,
+            linewidth=0,
+            zorder=2,
+        )
+        axes.errorbar(picture.counts, running, yerr=half, color=look.color, marker=look.marker, markersize=3.5,
+                      linestyle=look.line, linewidth=1.2, elinewidth=0.8, capsize=2, zorder=3,
+                      label="estimate, 95 % interval")  # fmt: skip
+    counts = np.unique(np.concatenate([picture.counts for picture in pictures]))
     axes.set_xscale("log", base=2)
     axes.set_xticks(_few(counts), [f"{count:g}" for count in _few(counts)])
     axes.minorticks_off()
     axes.margins(x=0.08)
-    low, high = float((running - half).min()), float((running + half).max())
+    low, high = float(min(edges)), float(max(edges))
     room = (high - low) or abs(high) or 1.0
-    axes.set_ylim(low - 0.06 * room, high + 0.3 * room)  # the legend stands in the room above
-    axes.set_xlabel(f"number of {picture.unit}", fontsize=_TEXT)
-    axes.set_ylabel(f"trace ({unit})", fontsize=_TEXT)
-    axes.set_title(picture.result, fontsize=_TEXT)
-    axes.legend(fontsize=_SMALL, frameon=False, loc="upper right")
-    _dress(axes)
+    axes.set_ylim(low - 0.06 * room, high + (0.3 if single else 0.06) * room)
+    axes.set_xlabel(f"number of {_unit(pictures)}", fontsize=TEXT)
+    axes.set_ylabel(f"trace ({unit})", fontsize=TEXT)
+    if single:  # the legend stands in the room above
+        axes.legend(fontsize=SMALL, frameon=False, loc="upper right")
+    axes.set_title(pictures[0].result if single else "estimates, 95 % intervals", fontsize=TEXT)
+    style.dress(axes)
 
 
-def draw_layers(axes: Axes, picture: TracePicture, column: bool = False) -> None:
-    """Draw the traces of the parameter tensors as bars with 95 % intervals; first tensor on top."""
-    shown = picture.largest()
-    factor, unit = _scale(picture.layer_values)
-    places, values = np.arange(len(shown)), picture.layer_values[shown] * factor
-    axes.barh(places, values, color=_BLUE, alpha=0.75, height=0.72)
-    half = picture.layer_half_width[shown] * factor
-    if np.any(half > 0):
-        axes.errorbar(values, places, xerr=half, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5)
-    axes.axvline(0, color=_GREY, linewidth=0.6)
+def draw_layers(axes: Axes, pictures: Sequence[TracePicture], column: bool = False) -> None:
+    """Draw the traces of the parameter tensors with 95 % intervals; first tensor on top.
+
+    Those of one run are bars, those of several are markers beside each other.
+    """
+    shown = pictures[0].largest() if len(pictures) == 1 else _largest_of_all(pictures)
+    factor, unit = words.scale(
+        np.concatenate([p.layer_values for p in pictures]), pictures[0].subject.curvature
+    )
+    places = np.arange(len(shown))
+    for index, picture in enumerate(pictures):
+        values, half = picture.layer_values[shown] * factor, picture.layer_half_width[shown] * factor
+        if len(pictures) == 1:
+            axes.barh(places, values, color=BLUE, alpha=0.75, height=0.72)
+            if np.any(half > 0):
+                axes.errorbar(
+                    values, places, xerr=half, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5
+                )
+            continue
+        look = style.look(index)
+        shift = 0.6 * ((index + 0.5) / len(pictures) - 0.5)
+        axes.errorbar(values, places + shift, xerr=half, fmt=look.marker, color=look.color, markersize=3,
+                      elinewidth=0.8, label=picture.subject.run)  # fmt: skip
+    axes.axvline(0, color=GREY, linewidth=0.6)
     longest = _LONGEST_IN_A_COLUMN if column else _LONGEST_NAME
-    axes.set_yticks(places, shortened([picture.layers[i] for i in shown], longest))
+    axes.set_yticks(places, words.shortened([pictures[0].layers[i] for i in shown], longest))
     axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.set_xlabel(f"trace per tensor ({unit})", fontsize=_TEXT)
-    axes.set_title(_heading(picture, len(shown)), fontsize=_TEXT, loc="right" if column else "center")
-    _dress(axes)
+    axes.set_xlabel(f"trace per tensor ({unit})", fontsize=TEXT)
+    axes.set_title(_heading(pictures[0], len(shown)), fontsize=TEXT, loc="right" if column else "center")
+    style.dress(axes)
 
 
-def interactive(picture: TracePicture) -> plotly.graph_objects.Figure:
-    """Return the same picture as a plotly figure, with every tensor.
+def interactive(pictures: Sequence[TracePicture]) -> plotly.graph_objects.Figure:
+    """Return the same as a plotly figure, with every tensor.
 
     Raises:
         ModuleNotFoundError: if plotly is not installed.
@@ -179,60 +217,93 @@ def interactive(picture: TracePicture) -> plotly.graph_objects.Figure:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    both = bool(len(picture.counts)) and bool(picture.layers)
-    heading = f"{len(picture.layers)} parameter tensors" if picture.layers else ""
-    titles = [
-        text for text, wanted in ((picture.result, len(picture.counts)), (heading, picture.layers)) if wanted
-    ]
-    figure = make_subplots(rows=1, cols=2 if both else 1, subplot_titles=titles, horizontal_spacing=0.2)
-    if len(picture.counts):
-        figure.add_trace(
-            go.Scatter(x=picture.counts, y=picture.running, mode="lines+markers", name="estimate, 95 % interval",
-                       error_y={"type": "data", "array": picture.running_half_width}, line={"color": _BLUE}),
-            row=1, col=1,
-        )  # fmt: skip
-        figure.add_hline(y=picture.value, line={"color": _VERMILLION, "dash": "dash"}, row=1, col=1)
-        ticks = [int(count) for count in picture.counts]
-        figure.update_xaxes(type="log", tickvals=ticks, title_text=f"number of {picture.unit}", row=1, col=1)
-        figure.update_yaxes(title_text="trace (loss / parameter²)", row=1, col=1)
-    if picture.layers:
-        column = 2 if both else 1
-        figure.add_trace(
-            go.Bar(x=picture.layer_values, y=picture.layers, orientation="h", name="trace of the tensor's block",
-                   marker={"color": _BLUE}, error_x={"type": "data", "array": picture.layer_half_width}),
-            row=1, col=column,
-        )  # fmt: skip
-        figure.update_xaxes(title_text="trace of the tensor's block (loss / parameter²)", row=1, col=column)
-        figure.update_yaxes(autorange="reversed", automargin=True, row=1, col=column)
-    title = picture.title if len(picture.counts) else f"{picture.title}<br>{picture.result}"
-    height = 380 + max(0, 18 * (len(picture.layers) - 10))
-    figure.update_layout(title=title, showlegend=False, template="plotly_white", height=height)
+    layers, single = _common_layers(pictures), len(pictures) == 1
+    both = _has_running(pictures) and bool(layers)
+    results = pictures[0].result if single else "estimates, 95 % intervals"
+    headings = [results] * _has_running(pictures)
+    headings += [f"{len(layers)} parameter tensors"] * bool(layers)
+    figure = make_subplots(rows=1, cols=2 if both else 1, subplot_titles=headings, horizontal_spacing=0.2)
+    place = {"row": 1, "col": 2 if both else 1}
+    for index, (picture, label) in enumerate(zip(pictures, _labels(pictures), strict=True)):
+        if _has_running(pictures):
+            _add_running(figure, picture, index, "" if single else label)
+        if layers:
+            figure.add_trace(
+                go.Bar(x=picture.layer_values, y=layers, orientation="h", legendgroup=label,
+                       name="trace of the tensor's block" if single else label, showlegend=not len(picture.counts),
+                       marker={"color": style.look(index).color},
+                       error_x={"type": "data", "array": picture.layer_half_width}),
+                **place,
+            )  # fmt: skip
+    unit = pictures[0].subject.curvature
+    if _has_running(pictures):
+        ticks = sorted({int(count) for picture in pictures for count in picture.counts})
+        figure.update_xaxes(
+            type="log", tickvals=ticks, title_text=f"number of {_unit(pictures)}", row=1, col=1
+        )
+        figure.update_yaxes(title_text=f"trace ({unit})", row=1, col=1)
+    if layers:
+        figure.update_xaxes(title_text=f"trace of the tensor's block ({unit})", **place)
+        figure.update_yaxes(autorange="reversed", automargin=True, **place)
+    title = words.title("Trace", [p.subject for p in pictures])
+    if single and not _has_running(pictures):
+        title += f"<br>{pictures[0].result}"
+    height = 380 + max(0, 18 * (len(layers) - 10))
+    figure.update_layout(title=title, showlegend=not single, template="plotly_white", height=height)
     return figure
 
 
-def shortened(names: list[str], longest: int = _LONGEST_NAME) -> list[str]:
-    """Return the names cut to a length at which they can still be told apart.
+def _add_running(figure: plotly.graph_objects.Figure, picture: TracePicture, index: int, label: str) -> None:
+    import plotly.graph_objects as go
 
-    What all have in front is left out, then words are shortened; numbers and the last word stay.
+    look = style.look(index)
+    if len(picture.counts):
+        figure.add_trace(
+            go.Scatter(x=picture.counts, y=picture.running, mode="lines+markers", legendgroup=label,
+                       name=label or "estimate, 95 % interval", line={"color": look.color, "dash": look.dash},
+                       error_y={"type": "data", "array": picture.running_half_width}),
+            row=1, col=1,
+        )  # fmt: skip
+    if not label or not len(picture.counts):
+        color = look.color if label else VERMILLION
+        figure.add_hline(y=picture.value, line={"color": color, "dash": "dash"}, row=1, col=1)
 
-    >>> shortened([f"model.layers.{i}.self_attn.q_proj.weight" for i in (3, 11)], 20)
-    ['…3.sel.q_p.weight', '…11.sel.q_p.weight']
+
+def _labels(pictures: Sequence[TracePicture]) -> list[str]:
+    """Return name and final value of each run."""
+    names = words.labels([picture.subject for picture in pictures])
+    values = [words.plus_minus(p.value, p.half_width / _NORMAL_95) for p in pictures]
+    return [f"{name}, {value}" for name, value in zip(names, values, strict=True)]
+
+
+def _has_running(pictures: Sequence[TracePicture]) -> bool:
+    return any(len(picture.counts) for picture in pictures)
+
+
+def _common_layers(pictures: Sequence[TracePicture]) -> list[str]:
+    """Return the tensors, if all pictures have the same.
+
+    Raises:
+        PlotError: if they do not, and nothing else is there to draw.
     """
-    if all(len(name) <= longest for name in names):
-        return names
-    parts = [name.split(".") for name in names]
-    common = 0
-    while all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts) and len(names) > 1:
-        common += 1
-    mark = "…" if common else ""
-    for letters in (99, 6, 3, 1):
-        cut = [
-            mark + ".".join([*(w if w.isdigit() else w[:letters] for w in p[common:-1]), p[-1]])
-            for p in parts
-        ]
-        if all(len(name) <= longest for name in cut) and len(set(cut)) == len(set(names)):
-            return cut
-    return [name if len(name) <= longest else f"…{name[1 - longest :]}" for name in names]
+    first = pictures[0].layers
+    if all(picture.layers == first for picture in pictures):
+        return first
+    if not _has_running(pictures):
+        raise PlotError(
+            "these are exact traces of different tensors; draw each one alone, or `landscape show` them"
+        )
+    return []
+
+
+def _unit(pictures: Sequence[TracePicture]) -> str:
+    return " or ".join(sorted({picture.unit for picture in pictures if len(picture.counts)}))
+
+
+def _largest_of_all(pictures: Sequence[TracePicture]) -> np.ndarray:
+    """Return the indices of the tensors whose |trace| is largest in any of the runs, in the model's order."""
+    sizes = np.max([np.abs(picture.layer_values) for picture in pictures], axis=0)
+    return np.sort(np.argsort(-sizes, kind="stable")[:_MOST_BARS])
 
 
 def _layers(record: Record) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -257,18 +328,6 @@ def _half_width(stderr: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(stderr), _NORMAL_95 * stderr, 0.0)
 
 
-def _title(record: Record, name: str) -> str:
-    configuration = record.attrs.get("configuration")
-    fields: Any = json.loads(configuration) if isinstance(configuration, str) else configuration
-    curvature = fields.get("curvature", "hessian") if isinstance(fields, Mapping) else "hessian"
-    matrix = _MATRICES.get(str(curvature), str(curvature))
-    run = str(record.attrs.get("model") or name)
-    title = f"Trace of the {matrix}" + (f" of {run}" if run else "")
-    if "layer_size" in record:
-        title += f" ({_grouped(int(record['layer_size'].sum()))} parameters)"
-    return title
-
-
 def _result(record: Record, value: float, stderr: float) -> str:
     """Return for example `trace = 42.5 ± 0.6, 64 probes`; the error is one standard error."""
     method = record.attrs.get("method")
@@ -278,10 +337,10 @@ def _result(record: Record, value: float, stderr: float) -> str:
         if "backward_passes" in record:
             spent, kind = "backward_passes", "backward passes"
         count = int(record[spent]) if spent in record else done
-        text = f"trace = {plus_minus(value, None)}: exact, {_grouped(count)} {kind}"
+        text = f"trace = {words.plus_minus(value, None)}: exact, {words.grouped(count)} {kind}"
     else:
         units = "estimates" if method in {"hutchpp", "xtrace"} else "probes"
-        text = f"trace = {plus_minus(value, stderr)}, {_grouped(done)} {units}"
+        text = f"trace = {words.plus_minus(value, stderr)}, {words.grouped(done)} {units}"
     return text if record.attrs.get("complete", True) else f"{text} (not finished)"
 
 
@@ -292,34 +351,12 @@ def _heading(picture: TracePicture, shown: int) -> str:
     return f"largest {shown} of {total} tensors ({total - shown} left out)"
 
 
-def _bars_height(picture: TracePicture) -> float:
+def _bars_height(bars: int) -> float:
     """Return inches: a line of text for each bar, and the axis."""
-    return 0.7 + 0.16 * min(len(picture.layers), _MOST_BARS) if picture.layers else 0.0
-
-
-def _scale(values: np.ndarray) -> tuple[float, str]:
-    """Return a factor that brings values to a readable size, and the unit they then have."""
-    largest = float(np.max(np.abs(values[np.isfinite(values)]), initial=0.0))
-    power = int(np.floor(np.log10(largest))) if largest > 0 else 0
-    if -3 <= power <= 3:
-        return 1.0, "loss / parameter²"
-    return 10.0**-power, f"{power_of_ten(power)} loss / parameter²"
+    return 0.7 + 0.16 * min(bars, _MOST_BARS) if bars else 0.0
 
 
 def _few(counts: np.ndarray) -> np.ndarray:
     """Return at most seven of the counts, the last among them, for the ticks."""
     step = -(-len(counts) // 7)
     return counts[::-1][::step][::-1]
-
-
-def _grouped(number: int) -> str:
-    return f"{number:,}".replace(",", " ") if number >= 10_000 else str(number)
-
-
-def _dress(axes: Axes) -> None:
-    axes.tick_params(labelsize=_SMALL, width=0.6, length=2.5)
-    axes.yaxis.get_offset_text().set_fontsize(_SMALL)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_linewidth(0.6)
