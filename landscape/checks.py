@@ -155,8 +155,7 @@ def _name_the_bad_batch(problem: Problem) -> None:
 
 def _require_no_bypass(problem: Problem) -> None:
     """Refuse a model that reaches a parameter past its modules, where our substitutes do not stand."""
-    piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
-    loss, originals = problem.loss_with_substitutes(piece)
+    loss, originals = problem.loss_with_substitutes(_few(problem))
     if not loss.requires_grad or not originals:
         return
     slopes = torch.autograd.grad(loss, list(originals.values()), allow_unused=True)
@@ -220,13 +219,7 @@ def _part_sums(problem: Problem, piece: Any, cuts: list[tuple[int, int]]) -> lis
 
 def _product_errors(problem: Problem, ggn: bool) -> tuple[float, float, str, str]:
     """Return product error, symmetry error, the way products are made, and why."""
-    piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
-    try:
-        piece = batching.cut(piece, 0, min(batching.examples(piece), _EXAMPLES))
-        if problem.evaluator.weigh(piece) == 0:
-            piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
-    except ValueError:
-        pass
+    piece = _few(problem)
     small = _off_kinks(_in_float64(problem, piece))
     u, v = (
         torch.randn(small.size, generator=seeds.generator(0, "check", i), dtype=torch.float64).to(small.dtype)
@@ -266,6 +259,16 @@ def _product_errors(problem: Problem, ggn: bool) -> tuple[float, float, str, str
     if problem.products == "autodiff":
         raise Refused(f"{reason}. Use products='auto' or 'difference'.")
     return error, symmetry, "difference", reason
+
+
+def _few(problem: Problem) -> Any:
+    """The first examples, or the whole first micro-batch where these have no weight or cannot be cut out."""
+    piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
+    try:
+        few = batching.cut(piece, 0, min(batching.examples(piece), _EXAMPLES))
+    except ValueError:
+        return piece
+    return few if problem.evaluator.weigh(few) > 0 else piece
 
 
 def _in_float64(problem: Problem, piece: Any) -> Problem:
