@@ -31,6 +31,8 @@ _STEPS_FLOAT32 = (1e-2, 3e-3, 1e-3)  # where the model cannot run in float64
 # are good to 1e-6.
 _PRODUCT_TOLERANCE = 1e-3
 _EXAMPLES = 8
+# Examples of a batch that are cut in two, to see whether losses add up.
+_ADDED = 256
 # Examples that are taken one by one where terms of both signs may cancel.
 _SINGLES = 32
 # Distance from θ, relative to 1 + ‖θ‖, at which products are checked: far beyond the steps above.
@@ -170,7 +172,8 @@ def _require_no_bypass(problem: Problem) -> None:
 def _additivity(problem: Problem) -> float:
     """Cut batches in two: the sums of the parts must add up to the sum of the whole."""
     worst, allowed = math.nan, 1e3 * torch.finfo(problem.dtype).eps
-    for piece, _ in itertools.islice(problem.evaluator.pieces(problem.batches), 3):
+    for whole, _ in itertools.islice(problem.evaluator.pieces(problem.batches), 3):
+        piece = _first(problem, whole, _ADDED)
         try:
             count = batching.examples(piece)
         except ValueError:
@@ -262,10 +265,14 @@ def _product_errors(problem: Problem, ggn: bool) -> tuple[float, float, str, str
 
 
 def _few(problem: Problem) -> Any:
-    """The first examples, or the whole first micro-batch where these have no weight or cannot be cut out."""
-    piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
+    """The first examples of the first micro-batch."""
+    return _first(problem, next(iter(problem.evaluator.pieces(problem.batches)))[0], _EXAMPLES)
+
+
+def _first(problem: Problem, piece: Any, count: int) -> Any:
+    """That many examples, or the whole micro-batch where these have no weight or cannot be cut out."""
     try:
-        few = batching.cut(piece, 0, min(batching.examples(piece), _EXAMPLES))
+        few = batching.cut(piece, 0, min(batching.examples(piece), count))
     except ValueError:
         return piece
     return few if problem.evaluator.weigh(few) > 0 else piece
