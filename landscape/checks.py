@@ -22,6 +22,10 @@ from landscape.errors import Refused
 if TYPE_CHECKING:
     from landscape.problem import Problem
 
+# Examples on which a model is looked at for parameters used past their modules.
+_EXAMPLES = 8
+# Examples of a batch that are cut in two, to see whether losses add up.
+_ADDED = 256
 # Examples that are taken one by one where terms of both signs may cancel.
 _SINGLES = 32
 
@@ -144,8 +148,7 @@ def _name_the_bad_batch(problem: Problem) -> None:
 
 def _require_no_bypass(problem: Problem) -> None:
     """Refuse a model that reaches a parameter past its modules, where our substitutes do not stand."""
-    piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
-    loss, originals = problem.loss_with_substitutes(piece)
+    loss, originals = problem.loss_with_substitutes(_few(problem))
     if not loss.requires_grad or not originals:
         return
     slopes = torch.autograd.grad(loss, list(originals.values()), allow_unused=True)
@@ -160,7 +163,8 @@ def _require_no_bypass(problem: Problem) -> None:
 def _additivity(problem: Problem) -> float:
     """Cut batches in two: the sums of the parts must add up to the sum of the whole."""
     worst, allowed = math.nan, 1e3 * torch.finfo(problem.dtype).eps
-    for piece, _ in itertools.islice(problem.evaluator.pieces(problem.batches), 3):
+    for whole, _ in itertools.islice(problem.evaluator.pieces(problem.batches), 3):
+        piece = _first(problem, whole, _ADDED)
         try:
             count = batching.examples(piece)
         except ValueError:
@@ -205,3 +209,17 @@ def _part_error(problem: Problem, piece: Any, cuts: list[tuple[int, int]], allow
 def _part_sums(problem: Problem, piece: Any, cuts: list[tuple[int, int]]) -> list[float]:
     parts = [batching.cut(piece, start, stop) for start, stop in cuts]
     return [problem.sums([part])[0] for part in parts if problem.evaluator.weigh(part) > 0]
+
+
+def _few(problem: Problem) -> Any:
+    """The first examples of the first micro-batch."""
+    return _first(problem, next(iter(problem.evaluator.pieces(problem.batches)))[0], _EXAMPLES)
+
+
+def _first(problem: Problem, piece: Any, count: int) -> Any:
+    """That many examples, or the whole micro-batch where these have no weight or cannot be cut out."""
+    try:
+        few = batching.cut(piece, 0, min(batching.examples(piece), count))
+    except ValueError:
+        return piece
+    return few if problem.evaluator.weigh(few) > 0 else piece

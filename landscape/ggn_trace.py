@@ -99,7 +99,8 @@ def columns(problem: Problem) -> int:
 
     Positions times (classes - 1) for cross-entropy, the number of outputs for losses that sum over
     outputs, and the rank of the loss's second derivative for others. Sequences of other lengths in later
-    micro-batches have other numbers of columns.
+    micro-batches have other numbers of columns. That cross-entropy has its closed form is tested by `exact`,
+    not here.
 
     Raises:
         Refused: as `exact`.
@@ -109,7 +110,7 @@ def columns(problem: Problem) -> int:
         piece, weight = few_of(problem, next(iter(problem.evaluator.pieces(problem.batches)))[0])
         with problem.filled(problem.leaves()):
             outputs = outputs_of(problem, piece, examples_of(piece))
-            return columns_of(problem, outputs, piece, weight).count if outputs.heads else 0
+            return columns_of(problem, outputs, piece, weight, tested=True).count if outputs.heads else 0
 
 
 def sampled(problem: Problem, generators: Sequence[torch.Generator]) -> np.ndarray:

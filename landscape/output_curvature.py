@@ -9,6 +9,7 @@ Outputs of one micro-batch stand as (N, m): N examples with m numbers each.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Outputs:
     nest: Any
     examples: int
 
-    @property
+    @functools.cached_property
     def heads(self) -> list[Tensor]:
         """The tensors that require grad."""
         return [t for t in tensors(self.nest) if t.requires_grad]
@@ -99,7 +100,7 @@ def columns(outputs: Outputs, ending: Ending, tested: bool = False) -> Columns:
         Refused: if a loss of unknown form couples examples, or more than 4096 outputs of one.
     """
     known = _cross_entropy(outputs, ending)
-    if known is not None and (tested or _is_this(known, outputs, ending)):
+    if known is not None and (known.kappa >= 0).all() and (tested or _is_this(known, outputs, ending)):
         return known
     slope = _slope(outputs, ending, outputs.flat())
     d = slope.product(torch.ones_like(slope.point))
@@ -186,7 +187,7 @@ def _is_this(known: CrossEntropy, outputs: Outputs, ending: Ending) -> bool:
     seen = v.double().reshape(known.p.shape)
     inner = (there.p * seen).sum(2, keepdim=True)
     expected = (there.kappa[:, :, None] * there.p * (seen - inner)).flatten(1)
-    return bool((known.kappa >= 0).all()) and _close(expected.to(v.dtype), slope.product(v))
+    return _close(expected.to(v.dtype), slope.product(v))
 
 
 def _dense(slope: _Slope, r: Tensor, bent: Tensor) -> Columns:

@@ -93,13 +93,13 @@ def test_terms_of_both_signs_may_cancel(reduction: str) -> None:
         terms = a * (f.log_softmax(1)[:, 0] + 0.3)
         return terms.mean() if reduction == "mean" else terms.sum()
 
-    def squared(f: Tensor, a: Tensor) -> Tensor:
-        return signed(f, a) + 1e-3 * signed(f, a.abs()) ** 2
+    def coupled(f: Tensor, a: Tensor) -> Tensor:
+        return signed(f, a) + signed(f, a.abs()) ** 2
 
     found = problem(loss=signed, data=[(x, advantage)], reduction=reduction, dtype=torch.float32)
     assert found.check(VALUE).additivity_error < 1e-4
     with pytest.raises(landscape.Refused, match="not the sum of its parts"):
-        problem(loss=squared, data=[(x, advantage)], reduction=reduction).check(VALUE)
+        problem(loss=coupled, data=[(data(120)[0], advantage)], reduction=reduction).check(VALUE)
 
 
 def test_a_loss_divided_by_the_spread_of_its_batch_is_refused() -> None:
