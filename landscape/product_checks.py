@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from landscape import averages, seeds, vectors
 from landscape import batches as batching
@@ -150,7 +150,25 @@ def _small(problem: Problem) -> tuple[Problem, Tensor]:
         torch.randn(small.size, generator=seeds.generator(0, "check", i), dtype=torch.float64)
         for i in range(2)
     ]
-    return small, torch.stack(draws, dim=1).to(small.device, small.dtype)
+    V = torch.stack(draws, dim=1).to(small.device, small.dtype)
+    for start, stop in _padding(small):
+        V[start:stop] = 0.0
+    return small, V
+
+
+def _padding(problem: Problem) -> list[tuple[int, int]]:
+    """Where the padding vectors of embeddings stand in θ.
+
+    They are constants by definition: their gradient is zero although the loss depends on them.
+    """
+    found, names = [], {id(t): name for name, t in problem.evaluator.slots.tensors.items()}
+    for module in problem.evaluator.model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
+            name = names[id(module.weight)].removeprefix("model.")
+            if name in problem.space.ranges:
+                start = problem.space.ranges[name][0] + module.padding_idx * module.embedding_dim
+                found.append((start, start + module.embedding_dim))
+    return found
 
 
 def _off_kinks(small: Problem) -> Problem:

@@ -132,7 +132,7 @@ def test_the_double_backward_is_ours_and_gauss_newton_asks_for_two_convolutions_
     asked = counted(monkeypatch)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Conv2d(2, 2, 2), nn.Flatten()).double()
     data = [(normal(2, 1, 5, 5, seed=20), torch.tensor([0, 3]))]
-    problem = Problem(model, nn.CrossEntropyLoss(), data, kernels=CONVOLUTION)
+    problem = Problem(model, nn.CrossEntropyLoss(), data, kernels=CONVOLUTION, products="autodiff")
     v = normal(problem.size, seed=21)
     problem.hvp(v)
     assert sorted(asked) == [(True, False, True), (True, True, True)]
@@ -327,7 +327,7 @@ def test_everything_is_put_back_after_an_exception():
         raise ZeroDivisionError
 
     switches = Kernels(convolution=True, norm=True, matmul="bf16")
-    problem = Problem(small_resnet(), broken, images(), kernels=switches)
+    problem = Problem(small_resnet(), broken, images(), kernels=switches, products="autodiff")
     before, precision = snapshot(problem.evaluator.model), torch.backends.mkldnn.matmul.fp32_precision
     for product in (problem.hvp, problem.ggn_vp):
         with pytest.raises(ZeroDivisionError):

@@ -171,7 +171,7 @@ def test_a_run_goes_on_with_the_same_choice(tmp_path: Path, monkeypatch: pytest.
         landscape.measure(metric, signals(), memory=allowed, out=path, progress=stop)
     monkeypatch.setattr(memory, "plan", lambda *_, **__: pytest.fail("the stored plan is there"))
     resumed = landscape.measure(metric, signals(), memory=allowed, out=path)
-    assert resumed.attrs["memory_plan"] == whole.attrs["plan"]
+    assert resumed.attrs["memory_plan"] == whole.attrs["memory_plan"]
     assert resumed.attrs["memory_plan"]["microbatch"] < 24
     assert float(resumed["trace"]) == float(whole["trace"])
 

@@ -293,3 +293,25 @@ def test_a_refusal_of_products_is_one_line_and_code_3(
     assert done.exit_code == 3
     assert len([line for line in done.stderr.splitlines() if "second derivative is wrong" in line]) == 1
     assert "Traceback" not in done.stderr
+
+
+def test_the_padding_vector_of_an_embedding_is_a_constant_and_no_wrong_derivative() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(6, 3, padding_idx=1)
+            self.out = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.tanh(self.table(x)).sum(1))
+
+    torch.manual_seed(0)
+    model = Net().double()
+    with torch.no_grad():
+        model.table.weight[1] = 0.3  # not at the kink of tanh's curvature
+    tokens = torch.tensor([[0, 1, 2], [3, 1, 1], [5, 4, 1], [2, 2, 0]])
+    embedded = landscape.Problem(model, nn.CrossEntropyLoss(), [(tokens, torch.tensor([0, 1, 1, 0]))])
+    H = embedded.hvp(torch.eye(embedded.size, dtype=torch.float64))
+    assert embedded.products_in_use == "autodiff"
+    assert torch.allclose(H, H.T, atol=1e-15)
+    assert not H[3:6].any()

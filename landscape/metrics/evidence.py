@@ -48,8 +48,8 @@ def noise_scale(learning_rate: float, batch_size: int, examples: int, momentum: 
 
     Source: Smith & Le 2018 (arXiv 1710.06451), §5.
 
-    >>> noise_scale(0.1, 32, 1024), noise_scale(0.1, 32, 1024, momentum=0.9)
-    (3.1, 31.0)
+    >>> noise_scale(0.5, 32, 1024), noise_scale(0.5, 32, 1024, momentum=0.5)
+    (15.5, 31.0)
     """
     if not learning_rate > 0:
         raise ValueError(f"learning_rate is {learning_rate}; allowed is a number > 0")
@@ -57,7 +57,7 @@ def noise_scale(learning_rate: float, batch_size: int, examples: int, momentum: 
         raise ValueError(f"batch_size is {batch_size}; allowed is 1 to the number of examples, {examples}")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum is {momentum}; allowed is 0 <= momentum < 1")
-    return float(round(learning_rate * (examples / batch_size - 1) / (1 - momentum), 15))
+    return learning_rate / (1 - momentum) * (examples / batch_size - 1)
 
 
 @dataclass(frozen=True)
