@@ -55,7 +55,7 @@ def test_the_golden_hessian_has_nine_outliers() -> None:
 def test_presets_run_and_say_what_they_are(preset: str) -> None:
     ds = landscape.measure(Density(preset=preset), quadratic(list(np.linspace(0.1, 2, 30))))
     assert ds.attrs["x_scale"] == ("log" if preset == "papyan_log" else "linear")
-    assert "Gaussian" in ds.attrs["smoothing"]
+    assert ds.attrs["smoothing"] == "Gaussian kernel"
     assert np.trapezoid(ds["density"].values, ds["coordinate"].values) == pytest.approx(1.0, abs=1e-6)
     with pytest.raises(ValueError, match="leave out log and width"):
         Density(preset=preset, width=0.1)
@@ -117,3 +117,11 @@ def test_one_layer_and_the_input() -> None:
         ds = landscape.measure(Density(steps=50, **options), problem)
         found = np.sort(ds["ritz_values"].values[0])
         assert np.allclose(found[np.isfinite(found)], values, atol=1e-9 * np.abs(values).max())
+
+
+def test_a_logarithmic_density_is_per_decade() -> None:
+    values = np.geomspace(1e-3, 10, 400)  # a hundred eigenvalues in each of four decades
+    ds = landscape.measure(Density(log=True, probes=16, steps=120, width=0.1), quadratic(list(values)))
+    assert float(ds["width"]) == pytest.approx(0.1)
+    inside = (ds["x"].values > 1e-2) & (ds["x"].values < 1)
+    assert ds["density"].values[inside].mean() == pytest.approx(0.25, rel=0.05)

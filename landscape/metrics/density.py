@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -65,7 +66,9 @@ class Density(SequentialMetric):
         "hessian", "of which matrix"
     )
     log: bool = setting(False, "over the logarithm of the eigenvalues, signed")
-    width: float | None = setting(None, "of the smoothing Gaussian; none: what the nodes resolve")
+    width: float | None = setting(
+        None, "σ of the smoothing Gaussian, with log in decades; none: what the nodes resolve"
+    )
     preset: Literal["none", "ghorbani", "pyhessian", "papyan", "papyan_code", "papyan_log"] = setting(
         "none", "probes, steps, width and axis as these authors have them"
     )
@@ -169,20 +172,22 @@ class Density(SequentialMetric):
         dtype = getattr(torch, record.attrs["product_dtype"])
         found = from_chains(chains, record.attrs["order"], dtype, atoms=atoms, **options)
         nodes, weights = (_placed(done, x) for x in (found.ritz_values, found.weights))
+        # A logarithmic axis is told in decades: u / ln 10.
+        decade, unit = (1.0, "unit") if found.axis.name == "linear" else (math.log(10.0), "decade")
+        curve = {"density": found.density, "density_low": found.low, "density_high": found.high}
+        words = {
+            "density": f"share of eigenvalues per {unit}",
+            "density_low": "lower end of the 95 % band",
+            "density_high": "upper end of the 95 % band",
+        }
         record.attrs.update(
-            x_scale=_SCALES[found.axis.name],
-            x_floor=found.axis.epsilon,
-            smoothing=f"Gaussian, standard deviation {found.width:.6g}",
+            x_scale=_SCALES[found.axis.name], x_floor=found.axis.epsilon, smoothing="Gaussian kernel"
         )
         return {
             "x": Variable(("x",), found.grid, "1", "eigenvalue"),
-            "density": Variable(("x",), found.density, "1", "share of eigenvalues per unit"),
-            "density_low": Variable(("x",), found.low, "1", "lower end of the 95 % band"),
-            "density_high": Variable(("x",), found.high, "1", "upper end of the 95 % band"),
-            "coordinate": Variable(("x",), found.coordinate, "1", "over which the density integrates to one"),
-            "width": Variable(
-                (), np.asarray(found.width), "1", "standard deviation of the smoothing Gaussian"
-            ),
+            "coordinate": Variable(("x",), found.coordinate / decade, "1", f"x in {unit}s, evenly spaced"),
+            **{key: Variable(("x",), decade * data, "1", words[key]) for key, data in curve.items()},
+            "width": Variable((), np.asarray(found.width / decade), "1", f"σ of the kernel, in {unit}s"),
             "ritz_values": Variable(("probe", "node"), nodes, "1", "nodes of the quadratures"),
             "weights": Variable(("probe", "node"), weights, "1", "weights of the nodes"),
             **_outliers(found, atoms),
@@ -200,7 +205,7 @@ class Density(SequentialMetric):
             "probes": self.probes,
             "steps": self.steps,
             "axis": "log" if self.log else "linear",
-            "width": self.width,
+            "width": self.width if self.width is None or not self.log else self.width * math.log(10.0),
             "floor": 1e-6,
             "distribution": "gaussian",
         }
