@@ -17,11 +17,12 @@ _MOST_IN_JSON = 10_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """One number and its standard error (None where it has none)."""
+    """One number, and its standard error or the residual of its eigenpair (None where it has none)."""
 
     name: str
     value: float
     stderr: float | None
+    residual: float | None = None
 
     @property
     def text(self) -> str:
@@ -32,7 +33,9 @@ class Estimate:
 
     @property
     def relative(self) -> str:
-        """The error in per cent of the value; empty where there is none."""
+        """The error in per cent of the value; a residual as the bound that it is; empty where there is none."""
+        if self.residual is not None and self.value:
+            return f"<= {100 * abs(self.residual / self.value):.2g} %"
         if not self.stderr or not self.value or not math.isfinite(self.stderr / self.value):
             return ""
         return f"{100 * abs(self.stderr / self.value):.2g} %"
@@ -61,8 +64,9 @@ def summarize(result: Any, path: Path | None = None) -> Summary:
     headline = str(result.attrs.get("headline", metric))
     found = _entries(result, headline)
     for name in result.variables:
-        scalar = f"{name}_stderr" in result and result[name].ndim == 0
-        if scalar and name != headline and math.isfinite(float(result[name])):
+        told = any(f"{name}_{error}" in result for error in ("stderr", "residual_norm"))
+        told = told or name in result.attrs.get("told", [])
+        if told and result[name].ndim == 0 and name != headline and math.isfinite(float(result[name])):
             found.append(_scalar(result, name))
     return Summary(metric, found, _converged(result), _whole(lookup(result, "matvecs")),
                    _real(lookup(result, "wall_seconds")), path)  # fmt: skip
@@ -115,14 +119,18 @@ def as_json(result: Any, path: Path | None = None) -> dict[str, Any]:
         data = result[name]
         data = getattr(data, "values", data)
         dims = getattr(result.variables[name], "dims", ())
-        small = data.size <= _MOST_IN_JSON and result.attrs.get("unit") not in dims
+        units = result.attrs.get("unit") in dims and name not in {
+            result.attrs.get("headline"),
+            "residual_norm",
+        }
+        small = data.size <= _MOST_IN_JSON and not units
         variables[name] = {"dims": list(dims), "shape": list(data.shape)} | (
             {"data": data.tolist()} if small else {}
         )
     content = {
         "file": None if path is None else str(path),
         "metric": summary.metric,
-        "estimates": {e.name: {"value": e.value, "stderr": e.stderr} for e in summary.estimates},
+        "estimates": {e.name: _in_json(e) for e in summary.estimates},
         "converged": summary.converged,
         "matvecs": summary.matvecs,
         "seconds": summary.seconds,
@@ -131,6 +139,11 @@ def as_json(result: Any, path: Path | None = None) -> dict[str, Any]:
     }
     cleaned: dict[str, Any] = _plain(content)
     return cleaned
+
+
+def _in_json(estimate: Estimate) -> dict[str, Any]:
+    residual = {} if estimate.residual is None else {"residual_norm": estimate.residual}
+    return {"value": estimate.value, "stderr": estimate.stderr, **residual}
 
 
 def dump(content: Any) -> str:
@@ -159,18 +172,23 @@ def _entries(result: Any, headline: str) -> list[Estimate]:
         return []
     dim = result.variables[headline].dims[0]
     labels = _list(result[dim]) if dim in result else list(range(values.size))
-    errors = _list(result[f"{headline}_stderr"]) if f"{headline}_stderr" in result else [None] * values.size
+    none = [None] * values.size
+    errors = _list(result[f"{headline}_stderr"]) if f"{headline}_stderr" in result else none
+    residuals = _list(result["residual_norm"]) if "residual_norm" in result else none
     return [
         Estimate(
-            f"{headline}({dim}={f'{label:g}' if isinstance(label, float) else label})", float(value), error
+            f"{headline}({dim}={f'{label:g}' if isinstance(label, float) else label})",
+            float(value), error, residual,
         )
-        for label, value, error in zip(labels, _list(values), errors, strict=True)
-    ]
+        for label, value, error, residual in zip(labels, _list(values), errors, residuals, strict=True)
+    ]  # fmt: skip
 
 
 def _scalar(result: Any, name: str) -> Estimate:
     error = float(result[f"{name}_stderr"]) if f"{name}_stderr" in result else None
-    return Estimate(name, float(result[name]), error)
+    own = f"{name}_residual_norm"
+    own = own if own in result or name != result.attrs.get("headline") else "residual_norm"
+    return Estimate(name, float(result[name]), error, float(result[own]) if own in result else None)
 
 
 def _converged(result: Any) -> bool | None:

@@ -193,14 +193,16 @@ def named(problem: Problem, curvature: str, *, layer: str | None = None, example
         example: for "input_hessian", of which example.
 
     Raises:
-        Refused: if the problem does not have that matrix.
-        ValueError: if no parameter is called so.
+        Refused: if the problem does not have that matrix, parameter tensor or example.
     """
-    if curvature == "input_hessian":
+    try:
+        if curvature != "input_hessian":
+            return CURVATURES[curvature](problem if layer is None else problem.only(layer))
         if layer is not None:
             raise ValueError(f"layer is {layer!r}, but the input Hessian has no parameters; leave it out")
         return input_hessian(problem, example)
-    return CURVATURES[curvature](problem if layer is None else problem.only(layer))
+    except (IndexError, ValueError) as error:
+        raise Refused(str(error)) from error
 
 
 def _of(problem: Problem, product: Callable[[Tensor], Tensor]) -> Operator:

@@ -335,6 +335,7 @@ def _described(metric: Metric, problem: Problem, origin: dict[str, Any]) -> dict
         "threads": torch.get_num_threads(),
         "world_size": 1,
         "headline": metric.headline,
+        "told": list(metric.told),
         "unit": metric.unit,
         "citation": metric.citation,
         "parameter_ranges": {name: list(span) for name, span in problem.space.ranges.items()},

@@ -92,6 +92,7 @@ class Metric(abc.ABC):
         unit: the dimension along which units of work are counted.
         block: the most units measured at once.
         citation: the source of the definition.
+        told: further variables, numbers without an error, that are told with the headline.
     """
 
     name: ClassVar[str]
@@ -99,6 +100,7 @@ class Metric(abc.ABC):
     unit: ClassVar[str]
     block: ClassVar[int] = 16
     citation: ClassVar[str] = ""
+    told: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Refuse a choice that is none of a field's.

@@ -59,6 +59,7 @@ class Density(SequentialMetric):
     headline: ClassVar[str] = "outlier_count"
     unit: ClassVar[str] = "probe"
     citation: ClassVar[str] = "Ghorbani, Krishnan & Xiao 2019, arXiv:1901.10159"
+    told: ClassVar[tuple[str, ...]] = ("bulk_low", "bulk_high", "width")
 
     probes: int = setting(8, "random start vectors", grows=True)
     steps: int = setting(100, "products of a chain, and nodes of its quadrature")

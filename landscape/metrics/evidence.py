@@ -17,12 +17,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from scipy.linalg import eigvalsh_tridiagonal
 
 from landscape import losses, operators
 from landscape.checks import Need
 from landscape.errors import Refused
 from landscape.estimators import lanczos
-from landscape.estimators.logdet import DENSE, from_chains, from_eigenvalues
+from landscape.estimators.logdet import DENSE, LogdetEstimate, from_chains, from_eigenvalues
 from landscape.estimators.probes import draw
 from landscape.metrics.base import Round, SequentialMetric, State, Values, setting
 from landscape.problem import Problem
@@ -91,6 +92,7 @@ class Evidence(SequentialMetric):
     headline: ClassVar[str] = "log_evidence"
     unit: ClassVar[str] = "probe"
     citation: ClassVar[str] = "Smith & Le 2018, arXiv:1710.06451"
+    told: ClassVar[tuple[str, ...]] = ("noise_scale", "gradient_norm")
 
     prior_precision: float = setting(1.0, "λ of the Gaussian prior exp(-λ‖θ‖²/2)")
     curvature: Literal["ggn", "hessian"] = setting("ggn", "of which matrix the determinant is taken")
@@ -184,14 +186,21 @@ class Evidence(SequentialMetric):
         if isinstance(state, _Matrix):
             if state.columns < problem.size:
                 return None
-            values = torch.linalg.eigvalsh((state.matrix + state.matrix.T) / 2).numpy()
-            return {"eigenvalues": Variable(dims, values[None], "1", "eigenvalues of (N/λ) A, ascending")}
-        if (found := lanczos.result(state.state)) is None:
+            eigenvalues = torch.linalg.eigvalsh((state.matrix + state.matrix.T) / 2).numpy()
+            words = "eigenvalues of (N/λ) A, ascending"
+            values = {"eigenvalues": Variable(dims, eigenvalues[None], "1", words)}
+        elif (found := lanczos.result(state.state)) is None:
             return None
-        return {
-            "alpha": Variable(dims, found.alpha, "1", "diagonals of the tridiagonal matrices of (N/λ) A"),
-            "beta": Variable(dims, found.beta, "1", "off-diagonals; the last is the norm of what is left"),
-        }
+        else:
+            values = {
+                "alpha": Variable(dims, found.alpha, "1", "diagonals of the tridiagonal matrices of (N/λ) A"),
+                "beta": Variable(
+                    dims, found.beta, "1", "off-diagonals; the last is the norm of what is left"
+                ),
+            }
+        arrays = {name: variable.data for name, variable in values.items()}
+        self._determinant(arrays, shared.attrs)  # refuses now what has no determinant, not after all probes
+        return values
 
     def stored(self, state: Any) -> State:
         """Turn the chains or the matrix into arrays."""
@@ -210,13 +219,8 @@ class Evidence(SequentialMetric):
     def summarize(self, record: Record) -> Values:
         """Add up the evidence from the determinant of the probes that are done."""
         done = record["done"]
-        dtype = getattr(torch, record.attrs["product_dtype"])
-        lower = 0.0 if self.curvature == "ggn" else None
-        if record.attrs["way"] == "dense":
-            found = from_eigenvalues(record["eigenvalues"][0], dtype, shift=1.0, lower=lower)
-        else:
-            chains = lanczos.Chains(record["alpha"][done], record["beta"][done])
-            found = from_chains(chains, record.attrs["order"], dtype, shift=1.0, lower=lower)
+        names = ("eigenvalues",) if record.attrs["way"] == "dense" else ("alpha", "beta")
+        found = self._determinant({name: record[name][done] for name in names}, record.attrs)
         error, words = found.stderr / 2, "over start vectors, with the quadrature's error"
         cost = float(record["cost"])
         return {
@@ -233,6 +237,28 @@ class Evidence(SequentialMetric):
         """Predict the products."""
         count = problem.size if self._dense(problem) else self.probes * min(self.steps, problem.size)
         return count, count
+
+    def _determinant(self, arrays: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> LogdetEstimate:
+        """Estimate ln det(I + (N/λ) A)."""
+        dtype = getattr(torch, attrs["product_dtype"])
+        lower = 0.0 if self.curvature == "ggn" else None
+        chains = lanczos.Chains(arrays["alpha"], arrays["beta"]) if "alpha" in arrays else None
+        try:
+            if chains is None:
+                return from_eigenvalues(arrays["eigenvalues"][0], dtype, shift=1.0, lower=lower)
+            return from_chains(chains, attrs["order"], dtype, shift=1.0, lower=lower)
+        except Refused as refusal:
+            ends = (
+                [arrays["eigenvalues"].min()]
+                if chains is None
+                else [eigvalsh_tridiagonal(alpha, beta[:-1])[0] for alpha, beta in chains.rows()]
+            )
+            least = self.prior_precision * float(min(ends))
+            raise Refused(
+                f"the Hessian of the cost, N H + {self.prior_precision:g} I, is not positive definite: lambda_min of "
+                f"N H is at most {least:.6g}, so there is no log-evidence. Take prior_precision above "
+                f"{-least:.6g}, curvature='ggn', or parameters at a minimum"
+            ) from refusal
 
     def _dense(self, problem: Problem) -> bool:
         return self.method == "dense" or (self.method == "auto" and problem.size <= DENSE)
