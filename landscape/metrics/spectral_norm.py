@@ -25,7 +25,7 @@ _MAX_MATVECS = 1000
 
 @dataclass(frozen=True)
 class SpectralNorm(SequentialMetric):
-    """max |λ|, the largest and the smallest eigenvalue, each with its residual ‖A v - θ v‖.
+    """The largest and the smallest eigenvalue and the spectral norm max |λ|, each with its residual.
 
     Within the residual of each value lies an eigenvalue. `lanczos` finds both ends at once. `power` finds the
     value of largest modulus λ_a first and the other end as the largest of A - λ_a I; where λ_a and -λ_a are
