@@ -50,7 +50,7 @@ CHILD = """
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     metric = Trace(method="exact")
     landscape.measure(metric, signals(4, 64))
-    problem = signals(192, 4096, parameters="0.bias")
+    problem = signals(256, 4096, parameters="0.bias")
     before = peak()
     ds = landscape.measure(metric, problem, memory=int(sys.argv[2]) or None)
     print(json.dumps([peak() - before, float(ds["trace"]), ds.attrs["memory_plan"]]))
@@ -71,17 +71,26 @@ def in_a_process(allowed: int) -> tuple[int, float, dict[str, Any]]:
 def test_a_model_that_would_take_far_more_is_measured_within_its_memory() -> None:
     """The bound is the budget and 24 MiB, which stand for what the allocator and the libraries keep.
 
-    In float32 thousands of terms are summed in another order: traces agree to 1e-4.
+    In float32 a million terms of both signs are summed in another order: traces agree to 1e-3. The next test
+    has the same in float64.
     """
-    allowed = 64 * MIB
+    allowed = 48 * MIB
     whole, expected, loose = in_a_process(0)
     peak, trace, plan = in_a_process(allowed)
     assert whole > 3 * allowed
     assert loose["microbatch"] is None
-    assert 1 <= plan["microbatch"] < 192
+    assert 1 <= plan["microbatch"] < 256
     assert plan["needed"] <= allowed
     assert peak < allowed + 24 * MIB
-    assert trace == pytest.approx(expected, rel=1e-4)
+    assert trace == pytest.approx(expected, rel=1e-3)
+
+
+def test_cut_to_fit_it_is_the_same_number() -> None:
+    problem, metric = signals(dtype=torch.float64), Trace(method="exact")
+    whole, cut = landscape.measure(metric, problem), landscape.measure(metric, problem, memory=2 * MIB)
+    assert whole.attrs["memory_plan"]["microbatch"] is None
+    assert 1 <= cut.attrs["memory_plan"]["microbatch"] < 24
+    assert float(cut["trace"]) == pytest.approx(float(whole["trace"]), rel=1e-12)
 
 
 def wanted(problem: landscape.Problem, allowed: int, **options: Any) -> memory.Plan:
