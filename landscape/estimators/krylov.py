@@ -200,7 +200,7 @@ class Krylov:
         for part in self._pieces():
             total += self.vectors[: self.rows, part].double() @ X[:, part].T
         for part in self._pieces():
-            X[:, part] -= total.T @ self.vectors[: self.rows, part].double()
+            X[:, part].addmm_(total.T, self.vectors[: self.rows, part].double(), alpha=-1.0)
         return np.asarray(total.cpu())
 
     def _pieces(self) -> Iterator[slice]:
