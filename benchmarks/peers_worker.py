@@ -114,7 +114,10 @@ class PyHessian(Worker):
 
         pieces = self.v.split([w.numel() for w in self.weights])
         v = [piece.view_as(w) for piece, w in zip(pieces, self.weights, strict=True)]
-        Hv = hessian_vector_product(self.hessian.gradsH, self.hessian.params, v)
+        if self.hessian.full_dataset:
+            Hv = self.hessian.dataloader_hv_product(v)[1]
+        else:
+            Hv = hessian_vector_product(self.hessian.gradsH, self.hessian.params, v)
         return sum((a.double() * b.double()).sum().item() for a, b in zip(v, Hv, strict=True))
 
     def hutchinson(self, matvecs: int, seed: int) -> list[float]:
