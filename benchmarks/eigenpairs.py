@@ -10,48 +10,26 @@ does not stop by itself: its best guess is the smallest `max_iter` of those trie
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import statistics
-import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import peers_envs
 import peers_problems
+import peers_rounds
 import torch
-from peers_search import PeerFailedError, Process
+from peers_rounds import OURS, Rounds
 from torch import Tensor
 
-import landscape
-
-OURS = "ours"
 GOAL = 1e-3
 PROBLEMS = ("MLP", "ResNet-20")
-
-
-def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--envs", type=Path, default=peers_envs.default_folder(), help="where the peers' environments are")
-    add("--work", type=Path, default=None, help="where trained weights are (default: `work` in --envs)")
-    add("--problem", choices=PROBLEMS, action="append", help="only this one; may be repeated")
-    add("--peer", choices=peers_envs.PEERS, action="append", help="only this peer; may be repeated")
-    add("--pip", action="append", default=[], metavar="OPTION", help="passed on to pip install")
-    add(
-        "--skip",
-        action="append",
-        default=[],
-        metavar="METHOD",
-        help="a method to leave out, such as 'tol 1e-9'",
-    )
-    add("--rounds", type=int, default=5, help="alternating rounds, each with a seed of its own (default: 5)")
-    add("--threads", type=int, default=1, help="of each process (default: 1)")
-    add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for one thread on a crowded machine")
-    add("--timeout", type=float, default=1800.0, help="seconds that one answer may take (default: 1800)")
-    return parser.parse_args()
+# Ours as it comes, and without the search for copies of eigenvalues, which no peer makes.
+BASES = ((OURS, "eigsh"), (OURS, "eigsh, block=1, copies=False"))
+MEANINGS = {
+    "seconds": ("s", "time to the pairs"),
+    "taken": ("1", "products with a vector"),
+    "worst": ("1", "largest |Hv - θv| / |θ| of the pairs"),
+}
 
 
 class Judge:
@@ -78,69 +56,48 @@ class Judge:
         return found
 
 
-def measure(problem: str, pythons: dict[str, Path], package: Path, arguments: argparse.Namespace) -> None:
-    """Measure one problem with all methods in turn, and print the table."""
+def measure(problem: str, arguments: Any) -> Rounds:
+    """Measure one problem with all methods in turn."""
     peers_problems.prepare(arguments.work, problem)
     judge = Judge(peers_problems.load(arguments.work, problem))
-    seconds: dict[tuple[str, str], list[float]] = {}
-    products: dict[tuple[str, str], list[int]] = {}
-    residuals: dict[tuple[str, str], list[float]] = {}
-    with contextlib.ExitStack() as stack:
-        processes = {}
-        for name, python in pythons.items():
-            process = Process(
-                name, python, problem, arguments.work, package=package,
-                threads=arguments.threads, clock=arguments.clock, timeout=arguments.timeout,
-            )  # fmt: skip
-            stack.callback(process.close)
-            for method in process.ask("setup")["pairs"]:
-                if method not in arguments.skip:
-                    processes[name, method] = process
-            process.ask("product")
-        path = package / "pairs.pt"
-        for turn in range(arguments.rounds + 1):  # the first warms up
-            for key in list(processes):
-                try:
-                    reply = processes[key].ask("eigenpairs", method=key[1], seed=turn, path=str(path))
-                except PeerFailedError as error:
-                    print(f"{' '.join(key)}: {error}", flush=True)
-                    del processes[key]
-                    continue
-                if turn == 0:
-                    continue
-                seconds.setdefault(key, []).append(reply["seconds"])
-                products.setdefault(key, []).append(reply["taken"])
-                residuals.setdefault(key, []).append(judge.worst(path))
-    ours = statistics.median(seconds[OURS, "eigsh"])
-    print(f"\n{problem}: seconds [least, most], times ours, products, worst relative residual of all rounds")
-    for key, times in seconds.items():
-        middle, worst = statistics.median(times), max(residuals[key])
-        print(
-            f"  {' '.join(key):28} {middle:8.3f} [{min(times):.3f}, {max(times):.3f}] {middle / ours:6.2f} x"
-            f"  {min(products[key])}-{max(products[key])}  {worst:.1e}{'' if worst <= GOAL else '  NOT REACHED'}",
-            flush=True,
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pairs.pt"
+        return peers_rounds.measure(
+            problem, "eigenpairs", arguments, path=str(path),
+            judge=lambda reply: reply | {"worst": judge.worst(path)},
+        )  # fmt: skip
+
+
+def table(found: Rounds) -> str:
+    """Return the lines of one problem."""
+    bases = [base for base in BASES if base in found.replies]
+    lines = [
+        f"\n{found.problem}: seconds [least, most], times ours (as it comes, without copies), products, "
+        "worst relative residual of all rounds"
+    ]
+    for method in found.replies:
+        products, worst = found.values(method, "taken"), max(found.values(method, "worst"))
+        lines.append(
+            f"  {found.line(method, bases)}  {min(products):.0f}-{max(products):.0f} "
+            f"({statistics.median(products):.0f})  {worst:.1e}{'' if worst <= GOAL else '  NOT REACHED'}"
         )
+    return "\n".join(lines + [f"  {name}: {text}" for name, text in found.failures.items()])
 
 
 def main() -> None:
-    arguments = options()
-    arguments.work = arguments.work or arguments.envs / "work"
+    arguments = peers_rounds.parsed(peers_rounds.parser(__doc__, PROBLEMS, "eigenpairs.h5"))
     torch.set_num_threads(arguments.threads)
-    pythons = {OURS: Path(sys.executable)}
-    for name in arguments.peer or peers_envs.PEERS:
-        try:
-            wanted = peers_envs.PEERS[name].requirement
-            pythons[name] = peers_envs.python_of(arguments.envs, name, wanted, arguments.pip)
-        except (peers_envs.EnvironmentFailedError, OSError) as error:
-            print(f"{name} is not installed: {error}")
     print(
         f"torch {torch.__version__}, {arguments.threads} thread(s), {arguments.rounds} rounds, {arguments.clock}"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder)
-        (package / "landscape").symlink_to(Path(landscape.__file__).resolve().parent)
-        for problem in arguments.problem or PROBLEMS:
-            measure(problem, pythons, package, arguments)
+    outcomes = []
+    for problem in arguments.problem or PROBLEMS:
+        outcomes.append(measure(problem, arguments))
+        print(table(outcomes[-1]), flush=True)
+        # After each problem: nothing is lost with the next one.
+        peers_rounds.write(
+            arguments, "the 10 largest eigenpairs of the Hessian, ours and peers'", outcomes, MEANINGS
+        )
 
 
 if __name__ == "__main__":

@@ -65,13 +65,17 @@ SPECS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A loaded problem: L = loss(model(inputs), targets), the mean over all of the data."""
+    """A loaded problem: L = loss(model(inputs), targets), the mean over all of the data.
+
+    `cut` is the number of batches for everyone; None: as it suits each.
+    """
 
     name: str
     model: nn.Module
     loss: nn.CrossEntropyLoss
     inputs: Tensor
     targets: Tensor
+    cut: int | None = None
 
     @property
     def spec(self) -> Spec:
@@ -82,8 +86,8 @@ class Case:
         return sum(p.numel() for p in self.model.parameters())
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Cut the data as it suits the peers that loop over batches; all batches are of one size."""
-        size = self.spec.batch or len(self.inputs)
+        """Cut the data, by default as it suits the peers that loop over batches, then into batches of one size."""
+        size = -(-len(self.inputs) // self.cut) if self.cut else self.spec.batch or len(self.inputs)
         return list(zip(self.inputs.split(size), self.targets.split(size), strict=True))
 
     def gradient(self) -> tuple[Tensor, ...]:

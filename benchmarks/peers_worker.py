@@ -3,14 +3,17 @@
     python benchmarks/peers_worker.py PEER PROBLEM FOLDER THREADS CLOCK
 
 It runs in the environment of the peer, and is started by `peers.py`. Requests: {"do": "setup"}, "gradient",
-"product", "block", {"do": "draw", "method": ..., "matvecs": ..., "seed": ...}, or {"do": "eigenpairs",
-"method": ..., "seed": ..., "path": ...}. Answers hold "seconds", and "values", the estimates of the trace, and
-"taken", the products that were made where the method chose them; or "error". Eigenpairs are written to "path".
+"product", "block", {"do": "draw", "method": ..., "matvecs": ..., "seed": ...}, {"do": "eigenpairs",
+"method": ..., "seed": ..., "path": ...}, or {"do": "density", "method": ..., "seed": ..., "steps": ..., "probes":
+...}; setup may say into how many batches to cut the data. Answers hold "seconds", and "values", the estimates of the
+trace, "taken", the products that were made where the method chose them, and "nodes", a list for each probe; or
+"error". Eigenpairs are written to "path".
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -36,6 +39,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PAIRS = 10
 GUESSES = (20, 24, 28, 32, 40)  # numbers of iterations that a user of hessian-eigenthings may hit on
 Draw = Callable[[int, int], list[float]]  # (matvecs, seed) -> estimates of the trace
+Nodes = Callable[[int, int, int], list[list[float]]]  # (seed, steps, probes) -> nodes of each probe
 Pairs = Callable[[int], tuple[Any, Tensor]]  # seed -> the 10 largest eigenvalues, eigenvectors as columns
 
 
@@ -52,6 +56,7 @@ class Worker:
         self.v = self.V[:, 0].contiguous()
         self.draws: dict[str, Draw] = {}
         self.pairs: dict[str, Pairs] = {}
+        self.densities: dict[str, Nodes] = {}
         self.taken: int | None = None  # products of the last task, where the method chose them
 
     def counted(self, product: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,8 +99,10 @@ class PyHessian(Worker):
     def setup(self) -> None:
         from pyhessian import hessian
 
-        data = (self.case.inputs, self.case.targets)
-        self.hessian = hessian(self.case.model, self.case.loss, data=data, cuda=False)
+        batches = [(self.case.inputs, self.case.targets)] if self.case.cut is None else self.case.batches()
+        data = {"data": batches[0]} if len(batches) == 1 else {"dataloader": batches}
+        self.hessian = hessian(self.case.model, self.case.loss, cuda=False, **data)
+        self.densities = {"density": self.density}
         self.draws = {"hutchinson": self.hutchinson, "own stop": self.own_stop}
         self.pairs = {
             "defaults": self.power,
@@ -107,7 +114,10 @@ class PyHessian(Worker):
 
         pieces = self.v.split([w.numel() for w in self.weights])
         v = [piece.view_as(w) for piece, w in zip(pieces, self.weights, strict=True)]
-        Hv = hessian_vector_product(self.hessian.gradsH, self.hessian.params, v)
+        if self.hessian.full_dataset:
+            Hv = self.hessian.dataloader_hv_product(v)[1]
+        else:
+            Hv = hessian_vector_product(self.hessian.gradsH, self.hessian.params, v)
         return sum((a.double() * b.double()).sum().item() for a, b in zip(v, Hv, strict=True))
 
     def hutchinson(self, matvecs: int, seed: int) -> list[float]:
@@ -122,6 +132,13 @@ class PyHessian(Worker):
         self.taken = len(samples)
         return [sum(samples) / len(samples)]
 
+    def density(self, seed: int, steps: int, probes: int) -> list[list[float]]:  # noqa: ARG002
+        """Take one probe: they run one after the other. PyTorch no longer has the `torch.eig` that it calls."""
+        torch.eig = lambda T, eigenvectors: _as_torch_eig(*torch.linalg.eigh(T))  # noqa: ARG005
+        torch.manual_seed(seed)
+        nodes, _ = self.hessian.density(iter=steps, n_v=1)
+        return [[float(node) for node in probe] for probe in nodes]
+
     def power(self, seed: int, tol: float = 1e-3) -> tuple[Any, Tensor]:
         # `import pyhessian.hessian as module` would give the class of that name.
         module = importlib.import_module("pyhessian.hessian")
@@ -133,6 +150,11 @@ class PyHessian(Worker):
         finally:
             module.hessian_vector_product = plain
         return values, torch.stack([torch.cat([piece.flatten() for piece in v]) for v in vectors], dim=1)
+
+
+def _as_torch_eig(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return real and imaginary parts of eigenvalues as columns, as PyTorch once did."""
+    return torch.stack([values, torch.zeros_like(values)], dim=1), vectors
 
 
 class _Columns:
@@ -164,6 +186,14 @@ class Curvlinops(Worker):
         self.draws = {name: self._seeded(function) for name, function in functions.items()}
         self.draws["hutchinson"] = self.hutchinson
         self.pairs = {"scipy eigsh": self.arpack}
+        self.densities = {"fast_lanczos": self.fast_lanczos}
+
+    def fast_lanczos(self, seed: int, steps: int, probes: int) -> list[list[float]]:  # noqa: ARG002
+        """Take one probe, without the search for the spectrum's ends that it makes once before all probes."""
+        from curvlinops.papyan2020traces.spectrum import fast_lanczos
+
+        torch.manual_seed(seed)
+        return [fast_lanczos(self.operator.operator, steps)[0].tolist()]
 
     def arpack(self, seed: int) -> tuple[Any, Tensor]:
         import numpy as np
@@ -212,6 +242,14 @@ class Eigenthings(Worker):
             ).samples.tolist(),
         }
         self.pairs = {f"lanczos {guess}": partial(self.lanczos, guess) for guess in GUESSES}
+        self.densities = {"spectral_density": self.spectral_density}
+
+    def spectral_density(self, seed: int, steps: int, probes: int) -> list[list[float]]:  # noqa: ARG002
+        """Take one probe: they run one after the other."""
+        from hessian_eigenthings.algorithms.spectral_density import spectral_density
+
+        found = spectral_density(self.operator, num_runs=1, lanczos_steps=steps, seed=seed)
+        return found.raw_eigenvalues.tolist()
 
     def lanczos(self, iterations: int, seed: int) -> tuple[Any, Tensor]:
         from hessian_eigenthings import lanczos
@@ -234,14 +272,38 @@ class Ours(Worker):
     def setup(self) -> None:
         self.problem = ours_problem(self.case)
         self.draws = {"trace": lambda _, seed: [ours_trace(self.problem, seed)], "measure()": self.whole}
-        self.pairs = {"eigsh": self.eigsh, "eigsh, copies=False": partial(self.eigsh, copies=False, block=1)}
+        plain = partial(self.eigsh, copies=False, block=1)
+        self.pairs = {"eigsh": self.eigsh, "eigsh, block=1, copies=False": plain}
+        self.densities = {
+            "lockstep": self.density,
+            "one chain": lambda seed, steps, probes: self.density(seed, steps, 1),  # noqa: ARG005
+            "evaluate()": self.whole_density,
+        }
 
     def eigsh(self, seed: int, **options: Any) -> tuple[Any, Tensor]:
+        """Keep the graphs of products for the time of the solve, as `measure()` does."""
         import landscape
 
-        result = landscape.estimators.eigsh(landscape.hessian(self.problem), PAIRS, seed=seed, **options)
+        with self.problem.session(), self.problem.keeping_graphs():
+            result = landscape.estimators.eigsh(landscape.hessian(self.problem), PAIRS, seed=seed, **options)
         self.taken = result.matvecs
         return result.values, result.vectors
+
+    def density(self, seed: int, steps: int, probes: int) -> list[list[float]]:
+        import landscape
+
+        with self.problem.session(), self.problem.keeping_graphs():
+            found = landscape.estimators.density(landscape.hessian(self.problem), probes, steps, seed)
+        return _nodes(found.chains)
+
+    def whole_density(self, seed: int, steps: int, probes: int) -> list[list[float]]:
+        """Take the metric as it comes, with its band and its outliers."""
+        import landscape
+        from landscape.estimators.lanczos import Chains
+
+        metric = landscape.metrics.Density(probes=probes, steps=steps)
+        record = landscape.evaluate(metric, self.problem, seed)
+        return _nodes(Chains(record["alpha"], record["beta"]))
 
     def fresh(self) -> None:
         self.problem = ours_problem(self.case)  # so that nothing is kept from the draw before
@@ -257,11 +319,18 @@ class Ours(Worker):
         return self.problem.hvp(self.V)
 
 
+def _nodes(chains: Any) -> list[list[float]]:
+    """Return the eigenvalues of the tridiagonal matrices as they are, none merged with another."""
+    from landscape.estimators.quadrature import gauss
+
+    return [gauss(alpha, beta).nodes.tolist() for alpha, beta in chains.rows()]
+
+
 def ours_problem(case: Case) -> Any:
     """Return the problem as a user of `landscape` states it."""
     import landscape
 
-    data = [(case.inputs, case.targets)]
+    data = [(case.inputs, case.targets)] if case.cut is None else case.batches()
     return landscape.Problem(case.model, case.loss, data, microbatch=case.spec.microbatch)
 
 
@@ -304,10 +373,11 @@ def answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
         return {"seconds": worker.timed(worker.case.gradient)[0]}
     with worker.around():
         if what == "setup":
+            worker.case = dataclasses.replace(worker.case, cut=request.get("cut"))
             seconds, _ = worker.timed(worker.setup)
             versions = {name: version(name) for name in ("torch", "numpy")} | {"peer": _version(worker)}
             return {"seconds": seconds, "versions": versions, "methods": list(worker.draws),
-                    "pairs": list(worker.pairs)}  # fmt: skip
+                    "eigenpairs": list(worker.pairs), "density": list(worker.densities)}  # fmt: skip
         if what == "product":
             seconds, value = worker.timed(worker.product)
             return {"seconds": seconds, "values": [value]}
@@ -315,7 +385,6 @@ def answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
             if worker.block is None:
                 return {"seconds": None}
             return {"seconds": worker.timed(worker.block)[0] / BLOCK}
-        worker.fresh()
         if what == "eigenpairs":
             worker.taken = None
             seconds, (values, vectors) = worker.timed(
@@ -324,6 +393,13 @@ def answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
             kept = torch.as_tensor(values).double(), vectors.double()
             torch.save({"values": kept[0], "vectors": kept[1]}, request["path"])
             return {"seconds": seconds, "taken": worker.taken}
+        if what == "density":
+            run = partial(
+                worker.densities[request["method"]], request["seed"], request["steps"], request["probes"]
+            )
+            seconds, nodes = worker.timed(run)
+            return {"seconds": seconds / len(nodes), "nodes": nodes}
+        worker.fresh()
         draw = worker.draws[request["method"]]
         seconds, values = worker.timed(lambda: draw(request["matvecs"], request["seed"]))
         return {"seconds": seconds, "values": [float(value) for value in values], "taken": worker.taken}

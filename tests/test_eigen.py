@@ -162,6 +162,27 @@ def test_no_ghosts_after_200_steps():
     assert (Q @ Q.T - torch.eye(state.rows, dtype=torch.float64)).abs().max() < 1e-13
 
 
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("name", ["decaying", "double", "line"])
+def test_few_sweeps_over_the_basis_make_it_orthogonal(monkeypatch, name, block):
+    sweeps, project = [], Krylov._project
+
+    def counted(self, X):
+        sweeps.append(len(X))
+        return project(self, X)
+
+    monkeypatch.setattr(Krylov, "_project", counted)
+    A = rotated(SPECTRA[name])
+    solver = Lanczos.for_operator(A, 5, rtol=0.0, block=block, copies=False)
+    state = solver.init()
+    while state.matvecs < 40:
+        solver.step(A, state)
+    # Two each, and a third where little is left of a product or its neighbour in the block is alike.
+    assert sum(sweeps) <= (2.25 if block == 1 else 3) * 40
+    Q = state.vectors[: state.rows]
+    assert (Q @ Q.T - torch.eye(state.rows, dtype=torch.float64)).abs().max() < 1e-13
+
+
 # --- scale, memory, start -------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ vector can be taken up as a new chain at any time, since A V has no component al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,11 +138,11 @@ class Krylov:
         X = product(A, self.vectors[torch.as_tensor(columns)])
         self.matvecs += len(columns)
         self.steps += 1
-        lengths = [float(length) for length in torch.linalg.vector_norm(X, dim=1)]
-        self.norm = max(self.norm, *lengths)
+        self.norm = max(self.norm, *_lengths(X))
         negligible = _ROUNDING * torch.finfo(A.dtype).eps * self.norm
         C = np.zeros((before + len(columns), len(columns)))
         C[:before] = self._project(X)
+        lengths = _lengths(X)
         for i in range(len(columns)):
             c, rest = self._orthogonalise(X[i], lengths[i], negligible)
             C[: len(c), i] += c
@@ -199,7 +200,7 @@ class Krylov:
         for part in self._pieces():
             total += self.vectors[: self.rows, part].double() @ X[:, part].T
         for part in self._pieces():
-            X[:, part] -= total.T @ self.vectors[: self.rows, part].double()
+            X[:, part].addmm_(total.T, self.vectors[: self.rows, part].double(), alpha=-1.0)
         return np.asarray(total.cpu())
 
     def _pieces(self) -> Iterator[slice]:
@@ -268,6 +269,10 @@ class Krylov:
         return state
 
 
+def _lengths(X: Tensor) -> list[float]:
+    return [float(length) for length in torch.linalg.vector_norm(X, dim=1)]
+
+
 _STORED = ("G", "expanded", "norm", "rounding", "matvecs", "draws", "chains", "steps", "goal")
 
 
@@ -284,7 +289,8 @@ def product(A: Operator, rows: Tensor) -> Tensor:
             f"A @ V has shape {tuple(out.shape)} for V of shape {tuple(block.T.shape)}; allowed is the same"
         )
     X = out.detach().reshape(rows.shape[1], len(rows)).T.double().contiguous()
-    if not bool(torch.isfinite(X).all()):
+    # The sum is cheaper than a look at each number; that of huge finite numbers may overflow.
+    if not math.isfinite(float(X.sum())) and not bool(torch.isfinite(X).all()):
         raise ValueError(
             "a product A @ v holds NaN or infinity. This usually means (a) the model has diverged, (b) an "
             "operation without a finite second derivative (a square root at 0), or (c) overflow of a 16-bit "
