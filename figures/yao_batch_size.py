@@ -29,7 +29,8 @@ from landscape.testbeds.digits import SIZES, digits
 
 BATCHES = (8, 16, 32, 64, 128, 256, 512, 1438)
 LEARNING_RATE, MOMENTUM, MOST_EPOCHS = 0.05, 0.9, 4000
-BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
+CURVATURE_TICKS = (0.2, 0.5, 1, 2, 5, 10)
+BLUE, VERMILLION = "#0072B2", "#D55E00"
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,12 @@ def draw(figure: Figure, found: dict[int, list[Outcome]]) -> None:
             bars = np.abs(np.stack([values.min(axis=1), values.max(axis=1)]) - mean)
             axes.errorbar(
                 sizes, mean, yerr=bars, color=colour, marker=marker, markersize=4, linewidth=1.2,
-                elinewidth=0.8, capsize=2, label=f"{part} data",
+                elinewidth=0.8, capsize=2, label=f"{part}ing data" if part == "train" else "test data",
             )  # fmt: skip
     left.set_yscale("log")
-    left.set_ylabel("largest Hessian eigenvalue (loss / parameter²)", fontsize=8)
+    left.set_yticks(CURVATURE_TICKS, [f"{tick:g}" for tick in CURVATURE_TICKS])
+    left.set_ylim(0.2, 12)
+    left.set_ylabel("largest Hessian eigenvalue\n(loss / parameter²)", fontsize=8)
     right.set_ylabel("accuracy (%)", fontsize=8)
     for axes in (left, right):
         axes.set_xscale("log", base=2)

@@ -87,6 +87,30 @@ def density_record(
     return Record(variables, attrs)
 
 
+def signed_record(values: np.ndarray, outliers: np.ndarray) -> Record:
+    """A density over the signed logarithmic axis, as the metric stores it."""
+    floor, decade, width = 1e-6 * float(np.abs(values).max()), np.log(10), 0.3 * np.log(10)
+    u = np.arcsinh(values / (2 * floor))
+    grid = np.linspace(u.min() - 8 * width, u.max() + 8 * width, 600)
+    kernel = np.exp(-(((grid[:, None] - u) / width) ** 2) / 2) / (width * np.sqrt(2 * np.pi))
+    record = density_record(values, outliers)
+    smooth = decade * kernel.mean(axis=1)
+    record.variables |= {
+        "x": Variable(("x",), 2 * floor * np.sinh(grid)),
+        "density": Variable(("x",), smooth),
+        "density_low": Variable(("x",), 0.5 * smooth),
+        "density_high": Variable(("x",), 2 * smooth),
+        "width": Variable((), np.asarray(width / decade)),
+    }
+    record.attrs.update(x_scale="symlog", x_floor=floor, smoothing="Gaussian kernel")
+    return record
+
+
+def signed(scale: float = 1.0) -> Record:
+    values, outliers = spectrum(scale)
+    return signed_record(values, outliers)
+
+
 def spectrum(scale: float = 1.0, n: int = 3000) -> tuple[np.ndarray, np.ndarray]:
     outliers = scale * np.geomspace(5.5, 0.8, 9)
     bulk = scale * 0.02 * np.random.default_rng(3).standard_normal(n)
@@ -114,6 +138,9 @@ CASES = {
     "density": (density, [density_record(*spectrum())]),
     "density, tiny": (density, [density_record(*spectrum(1e-8), order=False)]),
     "density, logarithmic": (density, [density_record(*spectrum(), log=True)]),
+    "density, signed": (density, [signed()]),
+    "density, signed, tiny": (density, [signed(1e-8)]),
+    "density, signed, runs": (density, [signed(), signed(2.0)]),
     "density, no outliers": (density, [density_record(np.linspace(-1, 3, 500), np.zeros(0))]),
     "density, outliers on both sides": (
         density, [density_record(np.concatenate([TWO_SIDED, np.linspace(-1, 1, 500)]), TWO_SIDED)],
@@ -270,6 +297,58 @@ def test_a_logarithmic_axis_shows_the_modulus_and_labels_keep_the_sign():
     assert [text.get_text() for text in axes.texts] == ["−7.00"]
 
 
+def test_the_signed_axis_is_even_in_asinh_and_has_powers_of_ten_on_both_sides_of_zero():
+    values = np.concatenate([[6.0, -3.0], np.geomspace(1e-4, 0.1, 200), -np.geomspace(1e-4, 0.1, 200), [0.0]])
+    record = signed_record(values, np.array([6.0, -3.0]))
+    (axes,) = drawn(density, [record], 7).axes
+    assert axes.get_xscale() == "asinh"
+    assert axes.xaxis.get_transform().linear_width == 2 * record.attrs["x_floor"]
+    ticks = list(axes.get_xticks())
+    assert ticks == sorted(ticks)
+    assert {-1.0, 0.0, 1.0, 10.0} <= set(ticks)
+    assert axes.get_ylabel() == "density per decade"
+    assert axes.get_xlabel() == "eigenvalue (loss / parameter²)"
+    marks = next(line for line in axes.lines if line.get_label() == "outliers (2)")
+    assert list(marks.get_xdata()) == [6.0, -3.0]
+    assert [text.get_text() for text in axes.texts] == ["−3.00", "6.00"]
+    # the tails of the kernel reach decades beyond the spectrum, the axis does not
+    assert np.abs(axes.get_xlim()).max() < 100 < record["x"].max()
+    # plotly has no such axis: it shows the coordinate, and its ticks say eigenvalues
+    figure = density.interactive([density.prepare(record)])
+    curve = next(part for part in figure.data if part.name == "density")
+    np.testing.assert_allclose(2 * record.attrs["x_floor"] * np.sinh(curve.x), record["x"])
+    np.testing.assert_allclose(curve.customdata, record["x"])
+    places = dict(zip(figure.layout.xaxis.ticktext, figure.layout.xaxis.tickvals, strict=True))
+    assert places["0"] == 0
+    assert places["−1"] == -places["1"] == np.arcsinh(-0.5 / record.attrs["x_floor"])
+
+
+def test_runs_that_coincide_are_all_seen():
+    axes = drawn(density, [density_record(*spectrum())] * 3, 7).axes[0]
+    widths = [line.get_linewidth() for line in axes.lines if len(line.get_xdata()) == 400]
+    assert sorted(widths, reverse=True) == widths
+    assert len(set(widths)) == 3
+    (axes,) = drawn(eigenvalues, [eigenvalues_record(bend(12))] * 3, 7).axes
+    sizes = [
+        line.get_markersize()
+        for line in axes.lines
+        if line.get_marker() in style._MARKERS
+        if len(line.get_xdata())
+    ]
+    assert sorted(sizes, reverse=True) == sizes
+    assert len(set(sizes)) == 3
+
+
+def test_bars_of_residuals_lie_within_a_signed_axis():
+    record = eigenvalues_record(np.array([1e-2, 1e-6, -1e-7]))
+    record["residual_norm"][:] = 1e-5
+    (axes,) = drawn(eigenvalues, [record], 7).axes
+    low, high = axes.get_ylim()
+    assert axes.get_yscale() == "symlog"
+    assert low < -1e-5 - 1e-7
+    assert high > 1e-2 + 1e-5
+
+
 def test_what_is_not_known_is_left_out():
     record = density_record(*spectrum())
     record["density_high"][5] = np.nan
@@ -347,5 +426,5 @@ def test_nothing_measured_is_refused():
 def test_densities_of_two_kinds_are_not_drawn_together(tmp_path: Path):
     both = [density_record(*spectrum()), density_record(*spectrum(), log=True)]
     for name in ("x.png", "x.html"):
-        with pytest.raises(PlotError, match="some of these densities are per eigenvalue and some per decade"):
+        with pytest.raises(PlotError, match="are over linear and logarithmic axes; draw those of one kind"):
             plots.plot(both, tmp_path / name)

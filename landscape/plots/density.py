@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from landscape.results import Record
 
+_Map = Callable[[np.ndarray], np.ndarray]
 _DECADES = 6.0  # that a logarithmic axis of densities shows where the matrix's order is not known
 _LABEL_HEIGHT = 0.5  # inches: the upright values of the outliers
 _LABEL_DISTANCE = 0.125  # inches between two of them
@@ -31,7 +32,9 @@ class DensityPicture:
     Attributes:
         subject: matrix, run and size.
         caption: probes, smoothing and outliers, in words.
-        logarithmic: whether x is drawn on a logarithmic axis, and the density is one per decade of |λ|.
+        axis: "linear"; "log", where x is |λ| + ε; or "symlog", even in asinh(λ / 2ε) and signed.
+        x_floor: ε of the logarithmic axes.
+        reach: the largest |λ| that was found.
         x: eigenvalues, (x,).
         density: per unit of eigenvalue, or per decade, (x,).
         low: lower end of the 95 % band, (x,).
@@ -44,7 +47,9 @@ class DensityPicture:
 
     subject: Subject
     caption: str
-    logarithmic: bool
+    axis: str
+    x_floor: float
+    reach: float
     x: np.ndarray
     density: np.ndarray
     low: np.ndarray
@@ -53,6 +58,25 @@ class DensityPicture:
     outliers: np.ndarray
     bulk: tuple[float, float] | None
     width: float
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether the density is one per decade."""
+        return self.axis != "linear"
+
+    @property
+    def places(self) -> np.ndarray:
+        """Where the outliers stand on the axis."""
+        return np.abs(self.outliers) + self.x_floor if self.axis == "log" else self.outliers
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        """What of the axis is worth showing: no tail of the kernel beyond a decade past what was found."""
+        shown = self.x[self.high >= self.floor]
+        if self.logarithmic:
+            shown = shown[np.abs(shown) <= 10 * self.reach]
+        ends = np.concatenate([shown, self.places])
+        return float(ends.min()), float(ends.max())
 
 
 def prepare(record: Record, name: str = "") -> DensityPicture:
@@ -65,22 +89,26 @@ def prepare(record: Record, name: str = "") -> DensityPicture:
     Raises:
         PlotError: if nothing is measured yet.
     """
-    logarithmic = record.attrs.get("x_scale", "linear") == "log"
+    axis = str(record.attrs.get("x_scale", "linear"))
     known = np.isfinite(record["density"]) if "density" in record else np.zeros(0, bool)
     if not np.any(known):
         raise PlotError("no density is measured yet; run `landscape measure` again to go on")
-    if logarithmic:
+    if axis == "log":
         known &= record["x"] > 0
     x, density, low, high = (record[v][known] for v in ("x", "density", "density_low", "density_high"))
     subject, width = words.subject(record, name), float(record["width"])
     outliers = np.sort(record["outliers"])[::-1] if "outliers" in record else np.zeros(0)
     outliers = outliers[np.isfinite(outliers)]
     ends = [float(record[end]) if end in record else np.nan for end in ("bulk_low", "bulk_high")]
-    unit = "decades" if logarithmic else subject.curvature
+    parts = [record[v].ravel() for v in ("ritz_values", "atoms") if v in record]
+    found = np.abs(np.concatenate([outliers, *parts]))
+    unit = "decades" if axis != "linear" else subject.curvature
     return DensityPicture(
         subject=subject,
         caption=_caption(record, f"{words.number(width, 2)} {unit}", outliers),
-        logarithmic=logarithmic,
+        axis=axis,
+        x_floor=float(record.attrs.get("x_floor", 0.0)) if axis != "linear" else 0.0,
+        reach=float(np.nanmax(found, initial=0.0)) or np.inf,
         x=x,
         density=density,
         # where an error is not known no band is drawn
@@ -110,7 +138,7 @@ def draw(figure: Figure, pictures: Sequence[DensityPicture]) -> None:
         pictures: what `prepare` returned, one for each run.
 
     Raises:
-        PlotError: if some are per eigenvalue and some per decade.
+        PlotError: if their axes are of different kinds.
     """
     _require_one_scale(pictures)
     width, bulk = figure.get_figwidth(), _bulk(pictures)
@@ -140,19 +168,22 @@ def draw_whole(axes: Axes, pictures: Sequence[DensityPicture], inches: float) ->
         pictures: one for each run.
         inches: about the width of the axes; the values of outliers that would overlap are left out.
     """
-    ends = np.concatenate([[*p.x[p.high >= p.floor][[0, -1]], *_places(p)] for p in pictures])
+    ends = np.array([p.extent for p in pictures])
     logarithmic, curvature = pictures[0].logarithmic, pictures[0].subject.curvature
     factor, unit = (1.0, curvature) if logarithmic else words.scale(ends, curvature)
     for index, picture in enumerate(pictures):
-        _draw_density(axes, picture, style.look(index), factor, 1.0)
+        _draw_density(axes, picture, index, len(pictures), factor, 1.0)
     style.log_axis(axes, min(p.floor for p in pictures), 3 * max(float(p.high.max()) for p in pictures))
     low, high = float(ends.min()) * factor, float(ends.max()) * factor
-    if logarithmic:
+    if pictures[0].axis == "log":
         style.log_axis(axes, low / 1.2, high * 1.2, "x")
+    elif pictures[0].axis == "symlog":
+        floor = _common_floor(pictures)
+        style.asinh_axis(axes, floor, _with_room(low, high, floor), inches)
     else:
         axes.set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
     _mark_outliers(axes, pictures, factor, inches)
-    axes.set_xlabel(f"|eigenvalue| ({unit})" if logarithmic else f"eigenvalue ({unit})", fontsize=TEXT)
+    axes.set_xlabel(f"{_eigenvalue(pictures)} ({unit})", fontsize=TEXT)
     axes.set_ylabel(_density_label(pictures), fontsize=TEXT)
     style.dress(axes)
 
@@ -165,7 +196,7 @@ def draw_bulk(axes: Axes, pictures: Sequence[DensityPicture], bulk: tuple[float,
     across, eigenvalue_unit = words.scale(np.array(bulk), subject.curvature)
     up, density_unit = words.scale(np.array([peak]), subject.density)
     for index, picture in enumerate(pictures):
-        _draw_density(axes, picture, style.look(index), across, up)
+        _draw_density(axes, picture, index, len(pictures), across, up)
     axes.set_xlim(low * across, high * across)
     axes.set_ylim(0, 1.08 * peak * up or 1.0)
     axes.locator_params(axis="x", nbins=5)
@@ -178,17 +209,24 @@ def draw_bulk(axes: Axes, pictures: Sequence[DensityPicture], bulk: tuple[float,
 def interactive(pictures: Sequence[DensityPicture]) -> plotly.graph_objects.Figure:
     """Return the same as a plotly figure, with a panel for the whole spectrum.
 
+    Plotly has no signed logarithmic axis: there, asinh(λ / 2ε) is drawn, and the ticks say the eigenvalues.
+
     Raises:
         ModuleNotFoundError: if plotly is not installed.
-        PlotError: if some are per eigenvalue and some per decade.
+        PlotError: if their axes are of different kinds.
     """
     import plotly.graph_objects as go
 
     _require_one_scale(pictures)
     figure = go.Figure()
+    signed, floor = pictures[0].axis == "symlog", _common_floor(pictures)
+
+    def across(values: np.ndarray) -> np.ndarray:
+        return np.arcsinh(values / (2 * floor)) if signed else values
+
     for index, (picture, label) in enumerate(zip(pictures, _labels(pictures), strict=True)):
         look = style.look(index)
-        shared: dict[str, Any] = {"x": picture.x, "legendgroup": label}
+        shared: dict[str, Any] = {"x": across(picture.x), "legendgroup": label}
         edge: dict[str, Any] = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
         # a band is a line that is filled down to the one before; zero has no place on a logarithmic axis
         figure.add_trace(
@@ -198,32 +236,41 @@ def interactive(pictures: Sequence[DensityPicture]) -> plotly.graph_objects.Figu
                                     fillcolor=style.transparent(look.color), showlegend=len(pictures) == 1,
                                     **edge, **shared))  # fmt: skip
         figure.add_trace(go.Scatter(y=picture.density, name=label if len(pictures) > 1 else "density", mode="lines",
+                                    customdata=picture.x, hovertemplate="%{customdata:.4g}: %{y:.4g}",
                                     line={"color": look.color, "dash": look.dash}, **shared))  # fmt: skip
-        places = _places(picture)
+        places = across(picture.places)
         figure.add_trace(
             go.Scatter(x=places, y=np.full(len(places), 2 * picture.high.max()), mode="markers", legendgroup=label,
                        name=f"outliers ({len(places)})", showlegend=len(pictures) == 1, text=picture.outliers,
                        hovertemplate="outlier %{text:.6g}", marker={"symbol": "triangle-down", "color": look.color})
         )  # fmt: skip
-    limits = np.log10([min(p.floor for p in pictures), 3 * max(float(p.high.max()) for p in pictures)])
+    heights = np.log10([min(p.floor for p in pictures), 3 * max(float(p.high.max()) for p in pictures)])
     figure.update_yaxes(
-        type="log", range=list(limits), title_text=_density_label(pictures), exponentformat="power"
+        type="log", range=list(heights), title_text=_density_label(pictures), exponentformat="power"
     )
-    name = "|eigenvalue|" if pictures[0].logarithmic else "eigenvalue"
-    figure.update_xaxes(type="log" if pictures[0].logarithmic else "linear",
-                        title_text=f"{name} ({pictures[0].subject.curvature})")  # fmt: skip
+    ends = np.array([p.extent for p in pictures])
+    low, high = float(ends.min()), float(ends.max())
+    figure.update_xaxes(type="log" if pictures[0].axis == "log" else "linear",
+                        title_text=f"{_eigenvalue(pictures)} ({pictures[0].subject.curvature})")  # fmt: skip
+    if signed:
+        limits = across(np.array(_with_room(low, high, floor)))
+        ticks = np.array(style.asinh_ticks(floor, (low, high), 7.0))
+        names = [words.number(tick, 1) for tick in ticks]
+        figure.update_xaxes(range=list(limits), tickvals=across(ticks), ticktext=names)
     figure.update_layout(title="<br>".join(_heading(pictures)), template="plotly_white", height=500)
     return figure
 
 
-def _draw_density(axes: Axes, picture: DensityPicture, look: style.Look, across: float, up: float) -> None:
-    x = picture.x * across
+def _draw_density(
+    axes: Axes, picture: DensityPicture, index: int, runs: int, across: float, up: float
+) -> None:
+    x, look = picture.x * across, style.look(index)
     axes.plot(
         x,
         picture.density * up,
         color=look.color,
         linestyle=look.line,
-        linewidth=1.1,
+        linewidth=style.behind(1.1, index, runs),
         zorder=3,
         label="density",
     )
@@ -239,7 +286,7 @@ def _mark_outliers(axes: Axes, pictures: Sequence[DensityPicture], factor: float
             continue
         look = style.look(index)
         height = 1.02 + 0.045 * (len(pictures) - 1 - index)
-        axes.plot(_places(picture) * factor, np.full(len(picture.outliers), height), transform=across, marker="v",
+        axes.plot(picture.places * factor, np.full(len(picture.outliers), height), transform=across, marker="v",
                   markersize=3.2, linestyle="none", color=look.color, clip_on=False,
                   label=f"outliers ({len(picture.outliers)})")  # fmt: skip
     if len(pictures) > 1:
@@ -264,28 +311,47 @@ def label_places(
     """
     most = int(inches / _LABEL_DISTANCE)
     shown = np.argsort(-np.abs(picture.outliers), kind="stable")[:most]
-    values = picture.outliers[shown[np.argsort(_places(picture)[shown], kind="stable")]]
-    places = (np.abs(values) if picture.logarithmic else values) * factor
-    to_axis, back = (np.log10, _power) if picture.logarithmic else (np.asarray, np.asarray)
+    shown = shown[np.argsort(picture.places[shown], kind="stable")]
+    values, places = picture.outliers[shown], picture.places[shown] * factor
+    to_axis, back = _coordinates(picture)
     low, high = to_axis(np.array(limits))
     per_inch = (high - low) / inches
     shifted = low + per_inch * style.spread((to_axis(places) - low) / per_inch, _LABEL_DISTANCE, inches)
     return list(zip(values.tolist(), places.tolist(), back(shifted).tolist(), strict=True))
 
 
-def _power(exponents: np.ndarray) -> np.ndarray:
-    return np.asarray(10.0**exponents)
+def _coordinates(picture: DensityPicture) -> tuple[_Map, _Map]:
+    """Return the map from eigenvalues to lengths along the axis, and back."""
+    scale = 2 * picture.x_floor
+    if picture.axis == "symlog":
+        return lambda x: np.arcsinh(x / scale), lambda u: scale * np.sinh(u)
+    if picture.axis == "log":
+        return np.log10, lambda u: np.asarray(10.0**u)
+    return np.asarray, np.asarray
 
 
-def _places(picture: DensityPicture) -> np.ndarray:
-    """Return where the outliers stand on the axis."""
-    return np.abs(picture.outliers) if picture.logarithmic else picture.outliers
+def _common_floor(pictures: Sequence[DensityPicture]) -> float:
+    """Return ε of the axis; beyond the larger one all densities per decade agree with it."""
+    return max(picture.x_floor for picture in pictures)
+
+
+def _with_room(low: float, high: float, floor: float) -> tuple[float, float]:
+    """Return the limits of a signed axis, zero between them and a little room at the ends."""
+    ends = np.arcsinh(np.array([min(low, -floor), max(high, floor)]) / (2 * floor))
+    room = 0.02 * (ends[1] - ends[0])
+    first, last = 2 * floor * np.sinh(ends + np.array([-room, room]))
+    return float(first), float(last)
+
+
+def _eigenvalue(pictures: Sequence[DensityPicture]) -> str:
+    return "|eigenvalue|" if pictures[0].axis == "log" else "eigenvalue"
 
 
 def _require_one_scale(pictures: Sequence[DensityPicture]) -> None:
-    if len({picture.logarithmic for picture in pictures}) > 1:
+    kinds = {"linear": "linear", "log": "logarithmic", "symlog": "signed logarithmic"}
+    if len(found := sorted({kinds[picture.axis] for picture in pictures})) > 1:
         raise PlotError(
-            "some of these densities are per eigenvalue and some per decade; draw those of one kind together"
+            f"these densities are over {' and '.join(found)} axes; draw those of one kind together"
         )
 
 

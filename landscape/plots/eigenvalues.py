@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from landscape.results import Record
 
 _LOGARITHMIC_FROM = 1.5  # decades that the values span
+_MARKER = 4.2  # points
 _ENDS = {"largest": "index, from the largest", "smallest": "index, from the smallest"}
 
 
@@ -117,12 +118,16 @@ def draw_end(axes: Axes, pictures: Sequence[EigenvaluesPicture], end: str) -> No
 
     A pair that has not converged is hollow, a negative eigenvalue a triangle that points down.
     """
-    drawn = [(style.look(i), picture.ends[end]) for i, picture in enumerate(pictures) if end in picture.ends]
-    every = np.concatenate([part.values for _, part in drawn])
+    drawn = [
+        (style.look(i), style.behind(_MARKER, i, len(pictures)), picture.ends[end])
+        for i, picture in enumerate(pictures)
+        if end in picture.ends
+    ]
+    every = np.concatenate([part.values for *_, part in drawn])
     kind = scale_of(every)
     subject = pictures[0].subject
     factor, unit = words.scale(every, subject.curvature) if kind == "linear" else (1.0, subject.curvature)
-    for look, part in drawn:
+    for look, size, part in drawn:
         values = part.values * factor
         axes.plot(
             part.index, values, color=look.color, linestyle=look.line, linewidth=0.7, alpha=0.6, zorder=2
@@ -133,20 +138,20 @@ def draw_end(axes: Axes, pictures: Sequence[EigenvaluesPicture], end: str) -> No
             for converged in (False, True):
                 mask = ((values < 0) == negative) & (part.converged == converged)
                 axes.plot(
-                    part.index[mask], values[mask], linestyle="none", markersize=4.2, color=look.color,
+                    part.index[mask], values[mask], linestyle="none", markersize=size, color=look.color,
                     marker="v" if negative else look.marker, markeredgewidth=0.9,
                     markerfacecolor=look.color if converged else "white", zorder=4,
                 )  # fmt: skip
-    bars = np.concatenate([part.residuals for _, part in drawn])
+    bars = np.concatenate([part.residuals for *_, part in drawn])
     _set_scale(axes, every * factor, bars * factor, kind)
-    count = max(len(part.index) for _, part in drawn)
+    count = max(len(part.index) for *_, part in drawn)
     axes.set_xticks(style.index_ticks(count))
     axes.set_xlim(1 - 0.04 * count, count * 1.04)
     if end == "smallest":
         axes.xaxis.set_inverted(True)  # descending from left to right, as at the other end
     axes.set_xlabel(_ENDS[end], fontsize=TEXT)
     axes.set_ylabel(f"eigenvalue ({unit})", fontsize=TEXT)
-    _legend(axes, [part for _, part in drawn])
+    _legend(axes, [part for *_, part in drawn])
     style.dress(axes)
 
 
@@ -210,7 +215,7 @@ def _result(record: Record, values: np.ndarray, residuals: np.ndarray, converged
 
 def _set_scale(axes: Axes, values: np.ndarray, bars: np.ndarray, kind: str) -> None:
     if kind == "symlog":
-        style.signed_log(axes, values)
+        style.signed_log(axes, values, bars)
     elif kind == "log":
         style.log_axis(axes, values.min() / 1.5, values.max() * 1.5)
     else:
@@ -239,13 +244,13 @@ def _legend(axes: Axes, parts: Sequence[End]) -> None:
             marker=marker,
             color=color,
             markerfacecolor=face,
-            markersize=4.2,
+            markersize=_MARKER,
             label=label,
         )
         for marker, face, label in marks
     ]
     if handles:
-        axes.legend(handles=handles, fontsize=SMALL, frameon=False, loc="upper right")
+        axes.legend(handles=handles, fontsize=SMALL, frameon=False, loc="best")
 
 
 def _ends(pictures: Sequence[EigenvaluesPicture]) -> list[str]:

@@ -24,6 +24,7 @@ TEXT, SMALL = 8.0, 7.0  # points: the sizes of captions in print
 TITLE_HEIGHT, PLOT_HEIGHT = 0.4, 2.4  # inches
 BAND = 0.18  # opacity of a 95 % band
 _LEGEND_ROW = 0.16  # inches
+_TICK_DISTANCE = 0.36  # inches: between two powers of ten on a horizontal axis
 _LETTER = 0.56  # mean width of a letter over its size
 
 
@@ -51,6 +52,15 @@ def look(index: int) -> Look:
     """Return how the run of this index is drawn; no two of `MOST_RUNS` runs look the same."""
     place = index % len(_CYCLE)
     return Look(_CYCLE[place], _MARKERS[place], _LINES[index // len(_CYCLE) % len(_LINES)])
+
+
+def behind(size: float, index: int, runs: int) -> float:
+    """Return a width or size for one of several runs: those drawn first are larger, so that they stay visible.
+
+    >>> behind(1.0, 0, 3), behind(1.0, 2, 3)
+    (2.4, 1.0)
+    """
+    return size * (1 + 0.7 * min(runs - 1 - index, 3))
 
 
 def transparent(color: str) -> str:
@@ -130,13 +140,13 @@ def run_legend(figure: Figure, names: Sequence[str], *, markers: bool = True) ->
 
     if len(names) < 2:
         return
-    looks = [look(index) for index in range(len(names))]
+    looks, count = [look(index) for index in range(len(names))], len(names)
     legend_below(
         figure,
         [
-            Line2D([], [], color=one.color, linestyle=one.line, linewidth=1.1, markersize=4,
-                   marker=one.marker if markers else "")
-            for one in looks
+            Line2D([], [], color=one.color, linestyle=one.line, markersize=4,
+                   linewidth=1.1 if markers else behind(1.1, i, count), marker=one.marker if markers else "")
+            for i, one in enumerate(looks)
         ],
         names,
     )  # fmt: skip
@@ -187,7 +197,7 @@ def power_ticks(low: int, high: int, most: int) -> list[int]:
     return list(range(high, low - 1, -step))[::-1]
 
 
-def signed_log(axes: Axes, values: np.ndarray, most: int = 4) -> None:
+def signed_log(axes: Axes, values: np.ndarray, bars: np.ndarray, most: int = 4) -> None:
     """Make the vertical axis logarithmic on both sides of zero.
 
     It is linear up to the smallest value, but shows no more than five decades.
@@ -195,6 +205,7 @@ def signed_log(axes: Axes, values: np.ndarray, most: int = 4) -> None:
     Args:
         axes: whose limits are set, with room at both ends.
         values: that will be shown, not all zero.
+        bars: half the lengths of their error bars.
         most: ticks at each side.
     """
     sizes = np.abs(values[np.isfinite(values) & (values != 0)])
@@ -207,9 +218,43 @@ def signed_log(axes: Axes, values: np.ndarray, most: int = 4) -> None:
     axes.set_yticks(ticks, [_power_label(tick) for tick in ticks])
     axes.minorticks_off()
     least = 10.0**bottom
-    axes.set_ylim(
-        1.6 * values.min() if negative else -0.3 * least, 1.6 * values.max() if positive else 0.3 * least
-    )
+    low, high = (values - bars).min(), (values + bars).max()
+    axes.set_ylim(1.6 * min(low, -0.2 * least), 1.6 * max(high, 0.2 * least))
+
+
+def asinh_axis(axes: Axes, floor: float, limits: tuple[float, float], inches: float) -> None:
+    """Make the horizontal axis logarithmic on both sides of zero, as the signed axis of densities is.
+
+    Args:
+        axes: matplotlib's.
+        floor: ε; the axis is even in asinh(x / 2ε).
+        limits: of the axis.
+        inches: its length, in which the ticks have room.
+    """
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xscale("asinh", linear_width=2 * floor)
+    ticks = asinh_ticks(floor, limits, inches)
+    axes.set_xticks(ticks, [_power_label(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(limits)
+
+
+def asinh_ticks(floor: float, limits: tuple[float, float], inches: float) -> list[float]:
+    """Return 0 and powers of ten on both sides of it, those between the limits, as many as have room.
+
+    >>> asinh_ticks(1e-3, (-2.0, 20.0), 6.0)
+    [-1.0, -0.1, -0.01, 0.0, 0.01, 0.1, 1.0, 10.0]
+    """
+    low, high = limits
+    per_unit = inches / float(np.arcsinh(high / (2 * floor)) - np.arcsinh(low / (2 * floor)))
+    step = max(1, int(np.ceil(_TICK_DISTANCE / (per_unit * np.log(10)))))
+    power, sizes = int(np.floor(np.log10(max(abs(low), abs(high))))), []
+    while per_unit * np.arcsinh(10.0**power / (2 * floor)) >= _TICK_DISTANCE:
+        sizes.append(10.0**power)
+        power -= step
+    ticks = [*(-size for size in sizes), 0.0, *reversed(sizes)]
+    return [tick for tick in ticks if low <= tick <= high]
 
 
 def _power_label(tick: float) -> str:
