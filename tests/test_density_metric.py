@@ -125,3 +125,16 @@ def test_a_logarithmic_density_is_per_decade() -> None:
     assert float(ds["width"]) == pytest.approx(0.1)
     inside = (ds["x"].values > 1e-2) & (ds["x"].values < 1)
     assert ds["density"].values[inside].mean() == pytest.approx(0.25, rel=0.05)
+
+
+def test_chains_that_end_early_leave_blanks() -> None:
+    ds = landscape.measure(Density(probes=2, steps=25), quadratic([3.0, 3.0, 1.0, 1.0, *np.zeros(26)]))
+    assert ds["ritz_values"].shape == ds["alpha"].shape == (2, 25)
+    assert np.isfinite(ds["ritz_values"].values).sum(axis=1).max() <= 3
+    assert np.allclose(np.nansum(ds["weights"].values, axis=1), 1.0)
+
+
+def test_a_logarithmic_kernel_is_at_most_a_third_of_a_decade() -> None:
+    values = [*np.geomspace(1e-3, 1, 30), *-np.geomspace(1e-3, 1e-2, 10), *np.zeros(60)]
+    ds = landscape.measure(Density(log=True, probes=4, steps=12), quadratic(values))
+    assert float(ds["width"]) <= 0.3 + 1e-12

@@ -218,3 +218,13 @@ def test_eigenvectors_lie_beside_the_file(tmp_path: Path) -> None:
     V = ds["eigenvectors"].values
     residual = np.linalg.norm(V @ H - V * ds["eigenvalues"].values[:, None], axis=1)
     assert (residual <= ds["residual_norm"].values + 1e-14).all()
+
+
+def test_power_iteration_has_not_converged_at_an_end_that_it_did_not_reach() -> None:
+    """An end that is small beside the other: its residual has to be small beside itself."""
+    values = [5.5, 0.8, -0.044, *np.linspace(-0.03, 0.3, 60)]
+    few = landscape.measure(SpectralNorm(method="power", max_matvecs=60), quadratic(values))
+    assert not bool(few["converged"])
+    many = landscape.measure(SpectralNorm(method="power", max_matvecs=20_000), quadratic(values))
+    assert bool(many["converged"])
+    assert float(many["eigenvalue_min"]) == pytest.approx(-0.044, rel=2e-3)

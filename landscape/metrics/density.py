@@ -32,6 +32,7 @@ _NEEDS = {
     "empirical_fisher": Need.OUTPUTS,
     "input_hessian": Need.INPUTS,
 }
+_WIDEST = 0.3 * math.log(10.0)  # of the kernel on a logarithmic axis, unless told otherwise: 0.3 decades
 _SCALES = {"linear": "linear", "log": "symlog", "log_magnitude": "log"}
 
 
@@ -68,7 +69,8 @@ class Density(SequentialMetric):
     )
     log: bool = setting(False, "over the logarithm of the eigenvalues, signed")
     width: float | None = setting(
-        None, "σ of the smoothing Gaussian, with log in decades; none: what the nodes resolve"
+        None,
+        "σ of the smoothing Gaussian, with log in decades; none: what the nodes resolve (log: at most 0.3)",
     )
     preset: Literal["none", "ghorbani", "pyhessian", "papyan", "papyan_code", "papyan_log"] = setting(
         "none", "probes, steps, width and axis as these authors have them"
@@ -172,7 +174,12 @@ class Density(SequentialMetric):
         options = {key: self._settings[key] for key in ("axis", "width", "floor")}
         dtype = getattr(torch, record.attrs["product_dtype"])
         found = from_chains(chains, record.attrs["order"], dtype, atoms=atoms, **options)
-        nodes, weights = (_placed(done, x) for x in (found.ritz_values, found.weights))
+        if options["width"] is None and found.axis.name != "linear" and found.width > _WIDEST:
+            # Where the nodes resolve less than a reader wants to see, the band says so, not the width.
+            options["width"] = _WIDEST
+            found = from_chains(chains, record.attrs["order"], dtype, atoms=atoms, **options)
+        shape = record["alpha"].shape
+        nodes, weights = (_placed(done, x, shape) for x in (found.ritz_values, found.weights))
         # A logarithmic axis is told in decades: u / ln 10.
         decade, unit = (1.0, "unit") if found.axis.name == "linear" else (math.log(10.0), "decade")
         curve = {"density": found.density, "density_low": found.low, "density_high": found.high}
@@ -223,10 +230,10 @@ class Density(SequentialMetric):
         return deflated(self._matrix(problem), pairs)
 
 
-def _placed(done: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Put the rows of the probes that are done in their places; NaN elsewhere."""
-    whole = np.full((len(done), rows.shape[1]), np.nan)
-    whole[done] = rows
+def _placed(done: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Put the rows of the probes that are done in their places; NaN elsewhere, and where a chain ended early."""
+    whole = np.full(shape, np.nan)
+    whole[done, : rows.shape[1]] = rows
     return whole
 
 
