@@ -196,16 +196,16 @@ class Passes:
                     norms[call].append(squared_norms(g.reshape(outputs.examples, -1)))
                 if call in held:
                     at[call].append(g)
+        summed = {call: (torch.stack(n, 1).double() * signs).sum(1) for call, n in norms.items() if n}
         for i in ruled:
             reached = [use for use in capture.uses[i] if at.get(use.call) or norms.get(use.call)]
             if not reached:
                 continue
             if (factor := factors[i]) is not None:
-                squared = torch.stack(norms[reached[0].call], 1)
-                squared = squared * factor.to(squared)[:, None]
+                self.blocks[i] += float(summed[reached[0].call] @ factor.to(signs))
             else:
                 squared = squares(reached, [at[use.call] for use in reached], self.memory)
-            self.blocks[i] += float((squared.double() * signs).sum())
+                self.blocks[i] += float((squared.double() * signs).sum())
             self.rules[i].update(use.kind for use in reached)
 
     def _by_examples(self, piece: Any, outputs: Outputs, flats: list[Tensor], signs: Tensor) -> None:

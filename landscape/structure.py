@@ -290,7 +290,7 @@ def _forms(small: Problem, piece: Any, seed: int) -> tuple[np.ndarray, np.ndarra
         if g is None or not g.requires_grad:
             continue
         stream = seeds.generator(seed, "structure", i)
-        v = torch.randn(leaf.shape, generator=stream, dtype=torch.float64).to(leaf)
+        v = torch.randn(leaf.shape, generator=stream, dtype=torch.float32).to(leaf)
         Rv, *Jv = torch.autograd.grad(
             g, [leaf, *u], v, retain_graph=True, allow_unused=True, materialize_grads=True
         )
