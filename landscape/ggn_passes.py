@@ -195,7 +195,9 @@ class Passes:
                     norms[call].append(torch.linalg.vector_norm(g.reshape(outputs.examples, -1), dim=1))
                 if call in held:
                     at[call].append(g)
-        summed = {call: (torch.stack(n, 1).double().square() * signs).sum(1) for call, n in norms.items() if n}
+        summed = {
+            call: (torch.stack(n, 1).double().square() * signs).sum(1) for call, n in norms.items() if n
+        }
         for i in ruled:
             reached = [use for use in capture.uses[i] if at.get(use.call) or norms.get(use.call)]
             if not reached:
