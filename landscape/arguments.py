@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from landscape.kernels import Kernels
-
 
 def validate(**arguments: Any) -> None:
     """Refuse arguments of a Problem that do not fit one another.
@@ -31,7 +29,7 @@ def validate(**arguments: Any) -> None:
         ("products", ("auto", "autodiff", "difference")),
         ("kernels", ("auto", "none")),
     ):
-        if arguments[name] not in allowed and not isinstance(arguments[name], Kernels):
+        if arguments[name] not in allowed and not _are_kernels(arguments[name]):
             raise ValueError(f"{name} is {arguments[name]!r}; allowed is {' or '.join(map(repr, allowed))}")
     if arguments["microbatch"] is not None and arguments["microbatch"] < 1:
         raise ValueError(f"microbatch is {arguments['microbatch']}; allowed is a number of examples >= 1")
@@ -48,6 +46,12 @@ def validate(**arguments: Any) -> None:
         raise TypeError(
             "parameters of an nn.Module are given by name or pattern, not by value; use .at(vector)"
         )
+
+
+def _are_kernels(value: Any) -> bool:
+    from landscape.kernels import Kernels  # needed by products only, which not every measurement makes
+
+    return isinstance(value, Kernels)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from landscape import batches as batching
 from landscape import products, vectors
-from landscape.kernels import active
 
 if TYPE_CHECKING:
     from landscape.problem import Problem
@@ -140,6 +139,8 @@ def ggn_by_differences(problem: Problem, V: Tensor, step: float | None = None) -
 def _by_autodiff(
     problem: Problem, V: Tensor, matrix: str, graph: Callable[[Any, list[Tensor]], Graph]
 ) -> Tensor:
+    from landscape.kernels import active  # not every measurement makes products
+
     rows = vectors.aligned_pieces(V.to(problem.device, problem.dtype), problem.space)
     kept = problem.kept_graphs(matrix)
     position = itertools.count()

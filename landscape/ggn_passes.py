@@ -19,7 +19,6 @@ from landscape.capture import Capture
 from landscape.curvature_columns import Columns, CrossEntropy
 from landscape.example_norms import single, squares
 from landscape.output_curvature import Ending, Outputs
-from landscape.uses import squared_norms
 
 if TYPE_CHECKING:
     from landscape.problem import Problem
@@ -193,19 +192,21 @@ class Passes:
             found = capture.output_gradients(sorted(held | measured), outputs.heads, outputs.tails(flat))
             for call, g in found.items():
                 if call in measured:
-                    norms[call].append(squared_norms(g.reshape(outputs.examples, -1)))
+                    norms[call].append(torch.linalg.vector_norm(g.reshape(outputs.examples, -1), dim=1))
                 if call in held:
                     at[call].append(g)
+        summed = {
+            call: (torch.stack(n, 1).double().square() * signs).sum(1) for call, n in norms.items() if n
+        }
         for i in ruled:
             reached = [use for use in capture.uses[i] if at.get(use.call) or norms.get(use.call)]
             if not reached:
                 continue
             if (factor := factors[i]) is not None:
-                squared = torch.stack(norms[reached[0].call], 1)
-                squared = squared * factor.to(squared)[:, None]
+                self.blocks[i] += float(summed[reached[0].call] @ factor.to(signs))
             else:
                 squared = squares(reached, [at[use.call] for use in reached], self.memory)
-            self.blocks[i] += float((squared.double() * signs).sum())
+                self.blocks[i] += float((squared.double() * signs).sum())
             self.rules[i].update(use.kind for use in reached)
 
     def _by_examples(self, piece: Any, outputs: Outputs, flats: list[Tensor], signs: Tensor) -> None:

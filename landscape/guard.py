@@ -131,7 +131,10 @@ def _binary_cross_entropy(
 def other_random_state() -> Iterator[None]:
     """Run with random states that differ from the current ones, to expose what depends on them."""
     with _random_states_restored():
-        torch.manual_seed(0x5EED)
+        # Not `torch.manual_seed`: it leaves a seed behind for devices that are not in use yet.
+        torch.default_generator.manual_seed(0x5EED)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(0x5EED)
         np.random.seed(0x5EED)  # noqa: NPY002  (the user's augmentation may draw from it)
         random.seed(0x5EED)
         yield

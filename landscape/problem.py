@@ -8,7 +8,7 @@ import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from landscape import batches as batching
 from landscape.batches import Batches
 from landscape.errors import Refused
 from landscape.evaluator import Evaluator
-from landscape.kernels import NONE, Kernels, choose, layout_failed
 from landscape.product_checks import Matrix, ProductCheck
+
+if TYPE_CHECKING:
+    from landscape.kernels import Kernels
 
 Reduction = Literal["mean", "sum"]
 Mode = Literal["eval", "train"]
@@ -131,7 +133,7 @@ class Problem:
         self.device = torch.device(device) if device is not None else first.device
         self.dtype = dtype or torch.promote_types(first.dtype, torch.float32)
         # Chosen at the first product: the probe takes longer than many a measurement without products.
-        self._kernels: list[Kernels] = [] if kernels == "auto" else [NONE if kernels == "none" else kernels]
+        self._kernels: list[Kernels] = [] if isinstance(kernels, str) else [kernels]
         self.batches = Batches(data, self.device, self.dtype)
         self.evaluator = Evaluator(
             model=module, loss=loss, forward=forward, output=output, target=target, weight=weight,
@@ -163,7 +165,10 @@ class Problem:
     def kernels(self) -> Kernels:
         """What makes products cheaper."""
         if not self._kernels:
-            self._kernels.append(choose(self.device, self.dtype))
+            from landscape import kernels  # needed by products only
+
+            plain = self._arguments["kernels"] == "none"
+            self._kernels.append(kernels.NONE if plain else kernels.choose(self.device, self.dtype))
         return self._kernels[0]
 
     @property
@@ -514,6 +519,8 @@ class Problem:
         try:
             return product(self, V)
         except RuntimeError as failure:
+            from landscape.kernels import layout_failed
+
             if not (self.kernels.channels_last and layout_failed(failure)):
                 raise
             self._kernels[:] = [dataclasses.replace(self.kernels, channels_last=False)]

@@ -11,13 +11,13 @@ product now and then.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from landscape.batches import tensors
-from landscape.kernels import Kernels, active
 from landscape.problem import Problem
 from landscape.residual import detached
 
@@ -70,7 +70,7 @@ class Centre:
             self.value = self._evaluated(leaves)[0]
             return
         with problem.filled(leaves):
-            with active(Kernels(matmul=problem.kernels.matmul)), torch.no_grad():
+            with self._fast(), torch.no_grad():
                 outputs = problem.evaluator.outputs(piece)
             free, self.heads = detached(outputs)
             with torch.enable_grad(), problem.evaluator.twice_differentiable():
@@ -110,13 +110,19 @@ class Centre:
             if p is not None
         )
 
+    def _fast(self) -> AbstractContextManager[None]:
+        """The faster matrix product, where there is one."""
+        from landscape.kernels import Kernels, active  # not every measurement makes products
+
+        return active(Kernels(matmul=self.problem.kernels.matmul))
+
     def _evaluated(self, leaves: list[Tensor]) -> list[Tensor]:
         """The outputs, or the loss where there are none, float64."""
         evaluator = self.problem.evaluator
         with (
             torch.no_grad(),
             self.problem.filled(leaves),
-            active(Kernels(matmul=self.problem.kernels.matmul)),
+            self._fast(),
         ):
             found = evaluator.outputs(self.piece) if evaluator.has_outputs else evaluator.loss_of(self.piece)
         return [t.double() for t in tensors(found) if t.is_floating_point()]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -292,3 +295,15 @@ def test_a_black_box_is_refused(case):
     for call in (structure.multilinear, structure.verify):
         with pytest.raises(Refused, match="output="):
             call(problem)
+
+
+def test_an_exact_trace_loads_neither_scipy_nor_kernels():
+    script = """
+import sys, torch, landscape
+model, x, y = torch.nn.Linear(3, 2), torch.ones(4, 3), torch.zeros(4, dtype=torch.int64)
+problem = landscape.Problem(model, torch.nn.CrossEntropyLoss(), [(x, y)])
+record = landscape.evaluate(landscape.metrics.Trace(), problem)
+print(record.attrs["way"], sorted({"scipy", "landscape.kernels"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "layers []"

@@ -55,7 +55,6 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 Array = NDArray[np.float64]
 
@@ -197,7 +196,7 @@ def _half_width(x: Array, variance: Array, freedom: float | Array, skewness: Arr
     skewness = np.minimum(np.maximum(skewness * min(1 + 8 / k, k / 3), lower), _MAX_SKEWNESS)
     g = skewness / np.sqrt(k)
     factor = np.interp(g, _SKEWNESS, _WIDENING) + widening * g**2
-    student = stats.t.ppf(0.975, freedom) / _NORMAL
+    student = _student(freedom) / _NORMAL
     return np.asarray(np.sqrt(variance / k) * factor * student)
 
 
@@ -246,5 +245,12 @@ def xtrace_stderr(single: Any, double: Any, mixed: Any) -> float:
     g = _MAX_SKEWNESS * min(1.0, 3 * max(cycles, 0.0)) / np.sqrt(k)
     factor = np.interp(g, _SKEWNESS, _WIDENING) + _SAMPLE_WIDENING * g**2
     freedom = (1 + share) ** 2 * (k - 1) / (1 + share**2 * 2 / k)
-    student = float(stats.t.ppf(0.975, freedom)) / _NORMAL
+    student = float(_student(freedom)) / _NORMAL
     return float(scale * np.sqrt(variance) * factor * student)
+
+
+def _student(freedom: float | Array) -> Any:
+    """The 97.5 % quantile of Student's distribution."""
+    from scipy.stats import t  # loading SciPy takes longer than many a measurement
+
+    return t.ppf(0.975, freedom)

@@ -9,7 +9,6 @@ from typing import Final, Literal, get_args
 
 import numpy as np
 import torch
-from scipy import optimize, stats
 
 from landscape.errors import Refused
 from landscape.estimators.calibration import calibrated_stderr
@@ -234,6 +233,8 @@ def _widening(skewness: float) -> float:
     """
     if skewness < _SYMMETRIC:
         return 1.0
+    from scipy import optimize, stats  # loading SciPy takes longer than many a measurement
+
     law = stats.pearson3(skewness)
 
     def excess(A: float) -> float:

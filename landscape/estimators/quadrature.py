@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import eigh_tridiagonal
 
 Array = NDArray[np.float64]
 
@@ -49,6 +48,8 @@ def gauss(alpha: ArrayLike, beta: ArrayLike) -> Rule:
     >>> rule.nodes.round(12).tolist(), rule.weights.round(12).tolist()
     ([1.0, 3.0], [0.5, 0.5])
     """
+    from scipy.linalg import eigh_tridiagonal  # loading SciPy takes longer than many a measurement
+
     a, b = np.asarray(alpha, dtype=np.float64), np.asarray(beta, dtype=np.float64)
     # LAPACK's thresholds are absolute near the smallest numbers.
     scale = max(float(np.abs(a).max()), float(np.abs(b).max())) or 1.0

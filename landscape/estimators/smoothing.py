@@ -27,7 +27,6 @@ from typing import Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import ndimage, stats
 
 from landscape.estimators.quadrature import Array, Rule
 
@@ -120,6 +119,8 @@ def curve(
     >>> round(float(np.trapezoid(found.density, found.coordinate)), 6)
     1.0
     """
+    from scipy import ndimage  # loading SciPy takes longer than many a measurement
+
     low, high = span(rules, axis)
     if isinstance(width, str) and width == "converged":
         sigma = _converged_width(rules, coarse, axis, low, high)
@@ -211,6 +212,8 @@ def smoothed(rules: Sequence[Rule], axis: Axis, u: Array, width: float) -> tuple
 
 def _sampling_band(mean: Array, square: Array, chains: int, dimension: int) -> tuple[Array, Array]:
     """Return both ends of the 95 % interval for the sampling error; see the module."""
+    from scipy.stats import chi2
+
     spread = np.maximum(square - mean**2, 0.0)
     there = mean > 0.0
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -218,7 +221,7 @@ def _sampling_band(mean: Array, square: Array, chains: int, dimension: int) -> t
     # Beyond this many the band is thinner than rounding; infinite on a multiple of the identity.
     count = np.clip(np.nan_to_num(count, nan=1.0, posinf=1e12), 1.0, 1e12)
     freedom = chains * np.maximum(count - np.sqrt(2 * count / chains), 1.0)
-    low, high = (mean * freedom / stats.chi2.ppf(p, freedom) for p in (0.975, 0.025))
+    low, high = (mean * freedom / chi2.ppf(p, freedom) for p in (0.975, 0.025))
     return low, high
 
 
