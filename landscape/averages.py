@@ -148,13 +148,14 @@ def _by_autodiff(
     def made(piece: Any) -> Made:
         index = next(position)
         found = None if kept is None else kept.get(index)
-        if found is None:
-            leaves = problem.leaves()
-            with problem.filled(leaves):
+        leaves = problem.leaves() if found is None else found.parameters
+        # Filled while products are made, too: activation checkpointing runs the model again.
+        with problem.filled(leaves):
+            if found is None:
                 found = graph(piece, leaves)
             if kept is not None:
                 kept[index] = found
-        yield from found.products(rows, keep=kept is not None)
+            yield from found.products(rows, keep=kept is not None)
 
     with problem.session(), contextlib.ExitStack() as stack:
         stack.enter_context(problem.evaluator.twice_differentiable())

@@ -32,17 +32,17 @@ def gradient(loss: Tensor, parameters: Pieces) -> Optional:
 class HessianGraph:
     """∇L of a micro-batch with a graph, from which any number of products H v, H = ∇²L, can be made."""
 
-    def __init__(self, loss: Tensor, parameters: Pieces):
-        self._parameters, self._first = parameters, None
+    def __init__(self, loss: Tensor, parameters: list[Tensor]):
+        self.parameters, self._first = parameters, None
         if loss.requires_grad:
             self._first = _edges(torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True))
 
     def products(self, rows: Sequence[Pieces], *, keep: bool = False) -> Iterator[Optional]:
         """H v for each v of `rows`, by differentiating ⟨∇L, v⟩; the graph is gone after the last unless kept."""
         if self._first is None:
-            yield from ([None] * len(self._parameters) for _ in rows)
+            yield from ([None] * len(self.parameters) for _ in rows)
             return
-        yield from _vector_jacobian(self._first, self._parameters, rows, retain=keep)
+        yield from _vector_jacobian(self._first, self.parameters, rows, retain=keep)
 
 
 class GgnGraph:
@@ -52,8 +52,8 @@ class GgnGraph:
     too is built once for all vectors.
     """
 
-    def __init__(self, outputs: Any, loss: Callable[[Any], Tensor], parameters: Pieces):
-        self._parameters = parameters
+    def __init__(self, outputs: Any, loss: Callable[[Any], Tensor], parameters: list[Tensor]):
+        self.parameters = parameters
         self._leaves = [t for t in tensors(outputs) if t.requires_grad]
         if not self._leaves:
             return
@@ -70,14 +70,14 @@ class GgnGraph:
         """G v for each v of `rows`; the graphs live as long as this object."""
         for row in rows:
             if not self._leaves:
-                yield [None] * len(self._parameters)
+                yield [None] * len(self.parameters)
                 continue
             used, pieces = _used(self._pulled, row)
             pushed = torch.autograd.grad(
                 used, self._dummies, pieces, retain_graph=True, allow_unused=True, materialize_grads=True
             )
             bent = next(_vector_jacobian(self._slopes, self._detached, [pushed], retain=True))
-            yield _pulled(self._leaves, self._parameters, bent, retain=True)
+            yield _pulled(self._leaves, self.parameters, bent, retain=True)
 
 
 def pullback(outputs: Any, loss: Callable[[Any], Tensor], parameters: Pieces, pushed: Pieces) -> Optional:
