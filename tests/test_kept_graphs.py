@@ -12,7 +12,9 @@ from landscape.metrics import Eigenvalues
 
 KINDS = {"hessian": "hvp", "ggn": "ggn_vp", "empirical_fisher": "empirical_fisher_vp"}
 CASES = [
-    case for case in cases.WITH_OUTPUTS if case.name in {"tied", "groupnorm", "lstm", "padding", "frozen", "checkpointed"}
+    case
+    for case in cases.WITH_OUTPUTS
+    if case.name in {"tied", "groupnorm", "lstm", "padding", "frozen", "checkpointed"}
 ]
 
 
