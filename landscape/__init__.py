@@ -13,6 +13,7 @@ from landscape._version import __version__ as __version__
 if TYPE_CHECKING:
     from landscape import estimators as estimators
     from landscape import metrics as metrics
+    from landscape import transforms as transforms
     from landscape.errors import Refused as Refused
     from landscape.errors import UnknownMetric as UnknownMetric
     from landscape.metrics.base import evaluate as evaluate
@@ -40,7 +41,7 @@ _HOME = {
     "measure": "run",
     "open": "results",
 }
-_MODULES = ("estimators", "metrics", "plots", "results", "testbeds")
+_MODULES = ("estimators", "metrics", "plots", "results", "testbeds", "transforms")
 
 __all__ = [*_HOME, *_MODULES, "__version__"]  # noqa: PLE0604  (names, all strings)
 

@@ -190,6 +190,12 @@ class Problem:
         """θ as one vector (n,), the order of `torch.nn.utils.parameters_to_vector`."""
         return self.space.flatten(leaf.detach() for leaf in self.leaves())
 
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's buffers by name, as this problem has them."""
+        slots = self.evaluator.slots.buffers
+        held = {name.removeprefix("model."): t for name, t in slots.items() if name.startswith("model.")}
+        return {**held, **self._buffers}
+
     def value(self) -> Tensor:
         """L(θ), a 0-d float64 tensor."""
         self.cost.values += 1

@@ -1,0 +1,95 @@
+"""Whether a rescaling that was read off a graph leaves the outputs alone in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from landscape import seeds
+from landscape.transforms import graph as graphs
+from landscape.transforms.exponents import Exponents
+from landscape.transforms.layout import Layout
+from landscape.transforms.transformed import outputs, relative_change
+
+if TYPE_CHECKING:
+    from landscape.problem import Problem
+
+_SPREAD = 0.3  # standard deviation of the random log-scales
+_AWAY = 0.1  # by which parameters are moved before, in units of their own size
+_DOUBLE = torch.finfo(torch.float64).eps
+
+
+class Test:
+    """Random rescalings of a problem on its first two examples, in float64 where the model runs in it.
+
+    They are applied not at θ but close by: at an initialisation, where biases and running means are 0, much
+    that is wrong goes unnoticed.
+
+    Args:
+        problem: at θ.
+        layout: of the unknowns.
+        exponents: of the nodes.
+        seed: of all draws.
+
+    Attributes:
+        precision: the unit of rounding, in units of float64's.
+    """
+
+    def __init__(self, problem: Problem, layout: Layout, exponents: Exponents, seed: int):
+        double = problem if problem.dtype == torch.float64 else problem.in_float64()
+        wide = double or problem
+        self.precision = torch.finfo(wide.dtype).eps / _DOUBLE
+        self._layout, self._exponents, self._seed = layout, exponents, seed
+        moving = {name: t for name, t in wide.buffers().items() if name in layout.terms}
+        nearby = [_beside(t, seed, i) for i, t in enumerate(wide.space.split(wide.parameters_vector()))]
+        beside = {name: _beside(t, seed, len(nearby) + i) for i, (name, t) in enumerate(moving.items())}
+        self._problem = wide.at(wide.space.flatten(nearby), {**wide.buffers(), **beside})
+        self._piece = graphs.example(wide)
+        self._before = outputs(self._problem, self._piece)
+
+    def change(self, nodes: Sequence[int], index: int) -> float:
+        """The largest relative change of the outputs when these nodes move by random factors."""
+        z = torch.zeros(self._exponents.shape[1], dtype=torch.float64)
+        draws = seeds.generator(self._seed, "symmetries", index)
+        z[list(nodes)] = _SPREAD * torch.randn(len(nodes), dtype=torch.float64, generator=draws)
+        diagonal, buffers = moves(self._layout, self._exponents, self._problem, z)
+        theta = self._problem.parameters_vector()
+        there = self._problem.at(theta * diagonal.to(theta), {**self._problem.buffers(), **buffers})
+        return relative_change(self._before, outputs(there, self._piece))
+
+
+def moves(layout: Layout, exponents: Exponents, problem: Problem, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """What log-scales of the nodes do.
+
+    Args:
+        layout: of the unknowns.
+        exponents: of the nodes.
+        problem: at θ.
+        z: log-scales (nodes,).
+
+    Returns:
+        D (n,), float64, and the new values of the buffers that move.
+    """
+    s = exponents.times(z)
+    touched = [name for name, terms in layout.terms.items() if any(bool(s[ids].any()) for ids in terms)]
+    factors = {name: layout.factors(name, s) for name in touched}
+    diagonal = torch.ones(problem.size, dtype=torch.float64)
+    for name, (start, stop) in problem.space.ranges.items():
+        if name in factors:
+            diagonal[start:stop].view(layout.shapes[name]).copy_(factors[name])
+    held = problem.buffers()
+    buffers = {
+        name: (held[name].double() * factors[name].to(held[name].device)).to(problem.dtype)
+        for name in touched
+        if name in held
+    }
+    return diagonal, buffers
+
+
+def _beside(t: Tensor, seed: int, index: int) -> Tensor:
+    size = float(t.double().square().mean().sqrt()) if t.numel() else 0.0
+    noise = torch.randn(t.shape, dtype=torch.float64, generator=seeds.generator(seed, "beside", index))
+    return t + _AWAY * (size or 1.0) * noise.to(t.device, t.dtype)
