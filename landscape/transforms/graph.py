@@ -61,11 +61,11 @@ class _Forward(nn.Module):
         return [t for t in batching.tensors(found) if t.is_floating_point()]
 
 
-def example(problem: Problem) -> Any:
-    """The first examples of the data, as one micro-batch."""
+def example(problem: Problem, examples: int = _EXAMPLES) -> Any:
+    """The first examples of the data, as one micro-batch; all of it where examples cannot be told apart."""
     piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
     try:
-        return batching.cut(piece, 0, min(_EXAMPLES, batching.examples(piece)))
+        return batching.cut(piece, 0, min(examples, batching.examples(piece)))
     except ValueError:
         return piece
 
