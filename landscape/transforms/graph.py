@@ -107,6 +107,12 @@ def _graph(exported: Any, first: dict[str, str], measured: list[str]) -> Graph:
         if spec.kind == OutputKind.USER_OUTPUT and getattr(spec.arg, "name", None) in by_name
     ]
     needed = _ancestors(outputs)
+    for node in needed:
+        if any(not isinstance(size, int) for t in _tensors(node.meta.get("val")) for size in t.shape):
+            raise Refused(
+                f"the shape of what {where(node)} gives depends on the values of the data, so that the network's "
+                "symmetries are not known; allowed are shapes that depend on the inputs' shapes alone"
+            )
     parameters: dict[Node, str] = {}
     buffers: dict[Node, str] = {}
     for spec in signature.input_specs:
@@ -136,6 +142,10 @@ def _ancestors(outputs: list[Node]) -> set[Node]:
             found.add(node)
             left.extend(node.all_input_nodes)
     return found
+
+
+def _tensors(val: Any) -> list[Tensor]:
+    return [t for t in (val if isinstance(val, tuple | list) else [val]) if isinstance(t, Tensor)]
 
 
 def where(node: Node) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from landscape.transforms.fields import Field
 from landscape.transforms.system import ZERO, System
+
+# The most entries of a tensor that get an unknown each: a second's worth of equations.
+_WHOLE = 1 << 16
 
 
 @dataclass
@@ -29,17 +33,20 @@ class Layout:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     terms: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def add(self, name: str, shape: Iterable[int], groups: int = 1) -> Field:
+    def add(self, name: str, shape: Iterable[int], groups: int = 1, *, whole: bool = False) -> Field:
         """Give a tensor its unknowns.
 
         Args:
             name: of the tensor.
             shape: of the tensor.
             groups: of the convolution whose weight it is.
+            whole: whether to give each entry an unknown of its own, where there are not too many.
         """
         self.shapes[name] = shape = tuple(shape)
-        if not shape:
-            self.terms[name] = [self._unknowns(1).reshape(())]
+        size = math.prod(shape)
+        if size == 1 or (whole and size <= _WHOLE):
+            # A lone gain stays free: then what it multiplies follows it, channel by channel.
+            self.terms[name] = [self._unknowns(size, bound=size > 1).reshape(shape)]
             return self.field(name)
         terms = [self._unknowns(shape[0]).reshape(-1, *[1] * (len(shape) - 1))]
         for dim, size in enumerate(shape[1:], start=1):
@@ -73,8 +80,8 @@ class Layout:
             name: sorted({u for ids in self.terms[name] for u in ids.flatten().tolist()} - {ZERO}) for name in names
         }
 
-    def _unknowns(self, count: int) -> Tensor:
-        made = self.system.unknowns(count, bound=True)
+    def _unknowns(self, count: int, *, bound: bool = True) -> Tensor:
+        made = self.system.unknowns(count, bound=bound)
         return torch.arange(made.start, made.stop)
 
     def _columns(self, size: int) -> Tensor:

@@ -80,7 +80,8 @@ def solve(problem: Problem, *, move_buffers: bool = True) -> NullSpace:
         if name in layout.terms:
             given[node] = layout.field(name)
         else:
-            given[node] = layout.add(name, node.meta["val"].shape, _groups(node))
+            shape, groups = node.meta["val"].shape, _groups(node)
+            given[node] = layout.add(name, shape, groups or 1, whole=groups is None and len(shape) > 2)
     running = _running_means(found) if move_buffers else {}
     for node, name in running.items():
         given[node] = layout.add(name, node.meta["val"].shape)
@@ -94,16 +95,20 @@ def solve(problem: Problem, *, move_buffers: bool = True) -> NullSpace:
     )
 
 
-def _groups(node: Node) -> int:
-    """The groups of the convolutions whose weight a placeholder is; 1 where they do not agree."""
+def _groups(node: Node) -> int | None:
+    """The groups of the convolutions whose weight a placeholder is; None where it is no such weight.
+
+    Such a weight cannot change over its kernel, and its rows and columns say all. Of other tensors with more
+    than two dimensions any entry may (heads by features, say).
+    """
     found = {_groups_of(user) for user in node.users if len(user.args) > 1 and user.args[1] is node}
-    return found.pop() if len(found) == 1 else 1
+    return found.pop() if len(found) == 1 else None
 
 
-def _groups_of(node: Node) -> int:
+def _groups_of(node: Node) -> int | None:
     name = str(node.target)
     if "conv" not in name:
-        return 1
+        return None
     place = 8 if "convolution" in name else 6
     given = node.args[place] if len(node.args) > place else node.kwargs.get("groups", 1)
     return int(given)  # type: ignore[arg-type]
