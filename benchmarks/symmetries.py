@@ -49,8 +49,14 @@ def main() -> None:
     )
     if arguments.width in GOALS:
         nodes, groups, limit, memory = GOALS[arguments.width]
-        met = (len(found.nodes), len(found.groups)) == (nodes, groups) and processor <= limit and peak() <= memory
-        print(f"goal: {nodes} nodes in {groups} groups, {limit:.0f} s, {memory:.0f} GiB: {'met' if met else 'MISSED'}")
+        met = (
+            (len(found.nodes), len(found.groups)) == (nodes, groups)
+            and processor <= limit
+            and peak() <= memory
+        )
+        print(
+            f"goal: {nodes} nodes in {groups} groups, {limit:.0f} s, {memory:.0f} GiB: {'met' if met else 'MISSED'}"
+        )
     if arguments.balanced:
         began, processor = time.perf_counter(), time.process_time()
         there = found.balanced()

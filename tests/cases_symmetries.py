@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,12 +38,14 @@ class Net:
 
         y = torch.zeros(len(self.x))
         dtype = {"dtype": torch.float64}
-        return landscape.Problem(net(self.make)(), loss, [(self.x, y)], **{**dtype, **self.options, **changes})
+        return landscape.Problem(
+            net(self.make)(), loss, [(self.x, y)], **{**dtype, **self.options, **changes}
+        )
 
 
 def mlp(*sizes: int, bias: bool = True, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
     layers: list[nn.Module] = []
-    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+    for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b, bias=bias), activation()]
     return nn.Sequential(*layers[:-1])
 
@@ -171,7 +174,13 @@ class Shared(nn.Module):
 
 def norms() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(5, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 6), nn.GroupNorm(2, 6), nn.ReLU(), nn.Linear(6, 3)
+        nn.Linear(5, 6),
+        nn.LayerNorm(6),
+        nn.ReLU(),
+        nn.Linear(6, 6),
+        nn.GroupNorm(2, 6),
+        nn.ReLU(),
+        nn.Linear(6, 3),
     )
 
 
@@ -235,7 +244,8 @@ TRUTH = [
     Net(
         "leaky and parametric relu",
         lambda: nn.Sequential(
-            nn.Linear(8, 10), nn.LeakyReLU(), nn.Linear(10, 9), nn.PReLU(), nn.Linear(9, 7), nn.PReLU(7), nn.Linear(7, 2)
+            nn.Linear(8, 10), nn.LeakyReLU(), nn.Linear(10, 9), nn.PReLU(), nn.Linear(9, 7), nn.PReLU(7),
+            nn.Linear(7, 2),
         ),
         VECTORS, 26, 3,
     ),

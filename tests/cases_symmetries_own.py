@@ -40,7 +40,9 @@ class Llama(nn.Module):
     def turn(x: Tensor) -> Tensor:
         angle = torch.arange(x.shape[-2])[:, None] * torch.tensor([1.0, 0.1]).to(x)
         a, b = x.chunk(2, -1)
-        return x * torch.cat([angle.cos()] * 2, -1) + torch.cat([-b, a], -1) * torch.cat([angle.sin()] * 2, -1)
+        return x * torch.cat([angle.cos()] * 2, -1) + torch.cat([-b, a], -1) * torch.cat(
+            [angle.sin()] * 2, -1
+        )
 
 
 class Dense(nn.Module):

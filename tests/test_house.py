@@ -29,6 +29,25 @@ FLOORS = [
     {"ggn_passes", "ggn_trace", "structure", "inputs"},
     {"memory", "operators"},
     {"residual"},
+    {
+        "transforms.system",
+        "transforms.exponents",
+        "transforms.graph",
+        "transforms.labels",
+        "transforms.transformed",
+    },
+    {"transforms.fields", "transforms.layout"},
+    {"transforms.rules", "transforms.balance", "transforms.verification"},
+    {
+        "transforms.label_rules",
+        "transforms.rules_elementwise",
+        "transforms.rules_layers",
+        "transforms.rules_norms",
+        "transforms.rules_shape",
+    },
+    {"transforms.nullspace", "transforms.permutations", "transforms.smooth"},
+    {"transforms.symmetries"},
+    {"transforms"},
     {"second_differences"},
     {"estimators.calibration", "estimators.probes"},
     {"estimators.krylov"},
@@ -62,6 +81,7 @@ FLOORS = [
 ORDER = {
     "products": 0, "evaluator": 0, "averages": 1, "product_checks": 2, "checks": 3, "convolution": 0, "kernels": 1,
     "curvature_columns": 0, "output_curvature": 1, "ggn_passes": 0, "ggn_trace": 1,
+    "transforms.fields": 0, "transforms.layout": 1,
     "testbeds.nets": 0, "testbeds.digits": 1, "testbeds.train": 1, "testbeds.golden": 2, "testbeds": 3,
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}

@@ -44,7 +44,11 @@ class _Norm:
         """Half the squared norm, its gradient (nodes,), and the squares where z leads."""
         s = self._B.times(z)
         scaled = [square * (2 * _total(terms, s)).exp() for square, terms in self._parts]
-        return 0.5 * sum(float(q.sum()) for q in scaled), self._B.transposed_times(self.marginals(scaled)), scaled
+        return (
+            0.5 * sum(float(q.sum()) for q in scaled),
+            self._B.transposed_times(self.marginals(scaled)),
+            scaled,
+        )
 
     def curved(self, scaled: list[Tensor], v: Tensor) -> Tensor:
         """The Hessian times v."""

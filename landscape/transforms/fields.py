@@ -43,7 +43,7 @@ class Field:
 
     def plus(self, other: Field, sign: int = 1) -> Field:
         """The field of a product, or with sign -1 of a quotient, of two tensors that broadcast."""
-        shape = tuple(torch.broadcast_shapes(self.shape, other.shape))
+        shape = broadcast_shape(self.shape, other.shape)
         terms = [(c, ids.expand(shape)) for c, ids in self.terms]
         terms += [(sign * c, ids.expand(shape)) for c, ids in other.terms]
         return Field(shape, tuple(terms), self.zero or (other.zero and sign == 1))
@@ -89,7 +89,7 @@ class Fields:
 
     def equal(self, a: Field, b: Field, reason: str) -> Field:
         """Require two tensors that broadcast to change alike; return the field of their sum."""
-        shape = tuple(torch.broadcast_shapes(a.shape, b.shape))
+        shape = broadcast_shape(a.shape, b.shape)
         if a.zero or b.zero:
             return (b if a.zero else a).expanded(shape)
         self.pin(a.plus(b, -1), reason)
@@ -141,6 +141,11 @@ class Fields:
                 self.system.require(_row(coefficients, t), reason)
 
 
+def broadcast_shape(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape to which shapes broadcast."""
+    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+
+
 def compact(ids: Tensor) -> Tensor:
     """Expand a tensor of unknowns along the dimensions over which it is constant."""
     for dim in range(ids.ndim):
@@ -162,7 +167,7 @@ def _row(coefficients: Sequence[Number], unknowns: Sequence[int]) -> Row:
 
 def _distinct(columns: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The distinct tuples of entries (tuples, columns), and which one stands where (broadcast shape)."""
-    narrow = list(torch.broadcast_tensors(*[_narrowed(ids) for ids in columns]))
+    narrow = _broadcast([_narrowed(ids) for ids in columns])
     flat = [ids.reshape(-1) for ids in narrow]
     _, code = torch.unique(flat[0], return_inverse=True)
     for ids in flat[1:]:
@@ -171,6 +176,11 @@ def _distinct(columns: list[Tensor]) -> tuple[Tensor, Tensor]:
     count = int(code.max()) + 1 if len(code) else 0
     place = torch.empty(count, dtype=torch.int64).scatter_(0, code, torch.arange(len(code)))
     return torch.stack([ids[place] for ids in flat], 1), code.reshape(narrow[0].shape)
+
+
+def _broadcast(columns: list[Tensor]) -> list[Tensor]:
+    shape = broadcast_shape(*[tuple(ids.shape) for ids in columns])
+    return [ids.expand(shape) for ids in columns]
 
 
 def _narrowed(ids: Tensor) -> Tensor:

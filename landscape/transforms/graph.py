@@ -46,18 +46,43 @@ class Graph:
 
 
 class _Forward(nn.Module):
-    """A problem's outputs as a function of the tensors of a batch; of a black box, its loss."""
+    """A problem's outputs as a function of the tensors of a batch; of a black box, its loss.
+
+    Export wants names without dots, which the parameters of a function may have: then they, and the buffers,
+    stand here under numbers.
+
+    Attributes:
+        parameter_names: what export calls a parameter -> its first name in the model.
+        buffer_names: what export calls a buffer -> its name in the model.
+    """
 
     def __init__(self, problem: Problem, piece: Any):
         super().__init__()
-        self.model = problem.evaluator.model
         self._problem, self._piece = problem, piece
+        model = problem.evaluator.model
+        first: dict[int, str] = {}
+        for name, p in model.named_parameters():
+            first.setdefault(id(p), name)
+        self._numbered = any("." in key for m in model.modules() for key in m._parameters)
+        if self._numbered:
+            held = dict(model.named_parameters())
+            self.parameter_names = {f"parameter{i}": name for i, name in enumerate(held)}
+            self.buffer_names = {f"buffer{i}": name for i, (name, _) in enumerate(model.named_buffers())}
+            self._parameters.update({alias: held[name] for alias, name in self.parameter_names.items()})  # type: ignore[misc]
+            self._buffers.update(zip(self.buffer_names, dict(model.named_buffers()).values(), strict=True))
+        else:
+            self.model = model
+            every = model.named_parameters(remove_duplicate=False)
+            self.parameter_names = {f"model.{name}": first[id(p)] for name, p in every}
+            self.buffer_names = {f"model.{name}": name for name, _ in model.named_buffers()}
 
     def forward(self, tensors: list[Tensor]) -> list[Tensor]:
         given = iter(tensors)
         piece = batching.tree_map(lambda _: next(given), self._piece)
         evaluator = self._problem.evaluator
-        found = evaluator.outputs(piece) if evaluator.has_outputs else evaluator.loss_of(piece)
+        own = {**self.parameter_names, **self.buffer_names} if self._numbered else {}
+        with evaluator.slots.filled({f"model.{name}": getattr(self, alias) for alias, name in own.items()}):
+            found = evaluator.outputs(piece) if evaluator.has_outputs else evaluator.loss_of(piece)
         return [t for t in batching.tensors(found) if t.is_floating_point()]
 
 
@@ -83,21 +108,16 @@ def export(problem: Problem) -> Graph:
     """
     piece = example(problem)
     with problem.session(), problem.filled(problem.leaves()), _quiet(), _no_fast_path():
-        names: dict[int, str] = {}  # within the block: substitutes stand in the model's places
-        for name, p in problem.evaluator.model.named_parameters():
-            names.setdefault(id(p), name)
-        every = problem.evaluator.model.named_parameters(remove_duplicate=False)
-        first = {f"model.{name}": names[id(p)] for name, p in every}
         try:
-            module = _Forward(problem, piece)
+            module = _Forward(problem, piece)  # within the block: substitutes stand in the model's places
             exported = torch.export.export(module, (batching.tensors(piece),), strict=False)
             exported = exported.run_decompositions({})
-        except Exception as failure:  # noqa: BLE001  (export raises whatever the model's code raises)
+        except Exception as failure:  # export raises whatever the model's code raises
             raise Refused(_why(failure)) from failure
-    return _graph(exported, first, problem.names)
+    return _graph(exported, module, problem.names)
 
 
-def _graph(exported: Any, first: dict[str, str], measured: list[str]) -> Graph:
+def _graph(exported: Any, module: _Forward, measured: list[str]) -> Graph:
     nodes = list(exported.graph.nodes)
     by_name = {node.name: node for node in nodes}
     signature = exported.graph_signature
@@ -116,13 +136,14 @@ def _graph(exported: Any, first: dict[str, str], measured: list[str]) -> Graph:
     parameters: dict[Node, str] = {}
     buffers: dict[Node, str] = {}
     for spec in signature.input_specs:
-        node = by_name.get(spec.arg.name)
-        if node is None or node not in needed:
+        given = by_name.get(spec.arg.name)
+        if given is None or given not in needed:
             continue
-        if spec.kind == InputKind.PARAMETER and first.get(spec.target) in measured:
-            parameters[node] = first[spec.target]
+        name = module.parameter_names.get(spec.target)
+        if spec.kind == InputKind.PARAMETER and name in measured:
+            parameters[given] = name
         if spec.kind == InputKind.BUFFER:
-            buffers[node] = spec.target.removeprefix("model.")
+            buffers[given] = module.buffer_names[spec.target]
     used = set(parameters.values())
     return Graph(
         [n for n in nodes if n in needed],
@@ -151,7 +172,9 @@ def _tensors(val: Any) -> list[Tensor]:
 def where(node: Node) -> str:
     """The module in which an operation stands, else the operation's own name."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    paths = [str(entry[0]).removeprefix("L['self'].").removeprefix("model").removeprefix(".") for entry in stack]
+    paths = [
+        str(entry[0]).removeprefix("L['self'].").removeprefix("model").removeprefix(".") for entry in stack
+    ]
     return paths[-1] if paths and paths[-1] else str(node.name)
 
 

@@ -71,13 +71,14 @@ class Layout:
         return total
 
     def factors(self, name: str, values: Tensor) -> Tensor:
-        """exp of a tensor's log-scale, of its full shape."""
+        """The exponential of a tensor's log-scale, of its full shape."""
         return self.log_scale(name, values).exp().expand(self.shapes[name])
 
     def unknowns(self, names: Iterable[str]) -> Mapping[str, list[int]]:
         """The unknowns of each tensor, without the constant."""
         return {
-            name: sorted({u for ids in self.terms[name] for u in ids.flatten().tolist()} - {ZERO}) for name in names
+            name: sorted({u for ids in self.terms[name] for u in ids.flatten().tolist()} - {ZERO})
+            for name in names
         }
 
     def _unknowns(self, count: int, *, bound: bool = True) -> Tensor:

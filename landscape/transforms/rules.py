@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -89,14 +89,16 @@ class Walk:
     @property
     def name(self) -> str:
         """The operation's name."""
-        return _name(self.node)
+        return operation(self.node)
 
     def _value(self) -> Any:
         node = self.node
-        if node.op == "get_attr" or node.op == "placeholder":
+        if node.op in {"get_attr", "placeholder"}:
             val = node.meta.get("val")
             return Field(tuple(val.shape)) if isinstance(val, Tensor) else None
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        args, kwargs = cast(
+            tuple[Any, Any], torch.fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        )
         if node.target is operator.getitem:
             return args[0][args[1]]
         if self.name not in RULES or not isinstance(node.target, torch._ops.OpOverload):
@@ -118,7 +120,8 @@ def constants(val: Any) -> Any:
     return tuple(constants(v) for v in val) if isinstance(val, tuple | list) else None
 
 
-def _name(node: Node) -> str:
+def operation(node: Node) -> str:
+    """An operation's name."""
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         return str(target._schema.name).removeprefix("aten::")

@@ -6,13 +6,14 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import torch
+
 from landscape.transforms.fields import Field
-from landscape.transforms.rules import Walk, constants, rule
+from landscape.transforms.rules import Walk, constants, operation, rule
 
 # A positive number of at most this size under a root, or as the least value of a norm, is there against
 # division by zero.
 _EPSILON = 1e-3
-_ROOTS = frozenset({"rsqrt", "sqrt", "pow"})
 
 
 @rule(
@@ -20,7 +21,11 @@ _ROOTS = frozenset({"rsqrt", "sqrt", "pow"})
     "lift_fresh_copy", "dropout", "feature_dropout", "type_as", "rrelu", "tril", "triu", "nan_to_num",
 )  # fmt: skip
 def same(walk: Walk, x: Field, *_: Any, **__: Any) -> Field:
-    """Positively homogeneous of degree one."""
+    """Positively homogeneous of degree one, unless rounded to whole numbers."""
+    dtype = walk.node.meta["val"].dtype
+    if not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool:
+        walk.pin(x, "rounds to whole numbers")
+        return Field(walk.shape)
     return x.expanded(walk.shape) if x.terms else Field(walk.shape, zero=x.zero)
 
 
@@ -38,16 +43,18 @@ def prelu(walk: Walk, x: Field, slope: Field) -> Field:
 
 
 @rule("threshold")
-def threshold(walk: Walk, x: Field, at: float, value: float) -> Field:
+def threshold(walk: Walk, x: Field, at: float, value: float) -> Any:
     """A ReLU where both are 0."""
     return x if at == value == 0 else smooth(walk, x)
 
 
 @rule("clamp", "clamp_min", "clamp_max", "hardtanh")
-def clamp(walk: Walk, x: Field, *limits: Any, **named: Any) -> Field:
+def clamp(walk: Walk, x: Field, *limits: Any, **named: Any) -> Any:
     """A ReLU where the only limit is 0; a floor against division by zero leaves a norm as it is."""
     given = [v for v in (*limits, *named.values()) if v is not None]
-    if all(v == 0 for v in given if not isinstance(v, Field)) and not any(isinstance(v, Field) for v in given):
+    if all(v == 0 for v in given if not isinstance(v, Field)) and not any(
+        isinstance(v, Field) for v in given
+    ):
         return x
     lowest = walk.name == "clamp_min" or (walk.name == "clamp" and len(given) == 1 and "max" not in named)
     if lowest and not isinstance(given[0], Field) and 0 < given[0] <= _EPSILON and len(limits) < 2:
@@ -91,7 +98,7 @@ def compared(walk: Walk, x: Field, other: Any) -> Field:
 
 
 @rule("where")
-def chosen(walk: Walk, condition: Field, a: Any = 0, b: Any = 0) -> Field:
+def chosen(walk: Walk, _condition: Field, a: Any = 0, b: Any = 0) -> Field:
     """Entries of either tensor."""
     a, b = (_constant(walk, v) for v in (a, b))
     return walk.equal(a, b).expanded(walk.shape)
@@ -108,7 +115,7 @@ def masked(walk: Walk, x: Field, mask: Field, value: Any) -> Field:
 
 
 @rule("add", "sub", "rsub", "maximum", "minimum")
-def added(walk: Walk, x: Any, other: Any, *_: Any, alpha: float = 1) -> Field:
+def added(walk: Walk, x: Any, other: Any, *_: Any, alpha: float = 1) -> Any:
     """Summands change alike; a number stays what it is."""
     x, other = (_constant(walk, v) for v in (x, other))
     if walk.name == "add" and not other.terms and not other.zero and _is_floor(walk):
@@ -191,8 +198,16 @@ def _constant(walk: Walk, value: Any) -> Field:
 
 
 def _is_floor(walk: Walk) -> bool:
-    """Whether a small number is added to what a root is taken of next."""
-    number = [v for v in walk.node.args if isinstance(v, int | float)]
-    if not number or not 0 < number[0] <= _EPSILON:
-        return False
-    return all(str(user.target).split(".")[1:2] and str(user.target).split(".")[1] in _ROOTS for user in walk.node.users)
+    """Whether a small number is added to what a root is taken of next, or what is divided by."""
+    node = walk.node
+    number = [v for v in node.args if isinstance(v, int | float)]
+    return (
+        len(number) == 1
+        and 0 < number[0] <= _EPSILON
+        and all(
+            operation(user) in {"sqrt", "rsqrt", "reciprocal"}
+            or (operation(user) == "pow" and user.args[1] in {0.5, -0.5, -1})
+            or (operation(user) == "div" and user.args[1] is node is not user.args[0])
+            for user in node.users
+        )
+    )

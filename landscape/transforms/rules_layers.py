@@ -26,9 +26,9 @@ def contracted(walk: Walk, operands: Sequence[tuple[Field, str]], output: str) -
         shape = [field.shape[names.index(c)] if c in names else 1 for c in labels]
         total = total.plus(field.mapped(lambda ids, o=order, s=shape: ids.permute(o).reshape(s), shape))  # type: ignore[misc]
     total = walk.uniform(total, range(len(output), len(labels)))
-    shape = total.shape[: len(output)]
-    total = total.mapped(lambda ids: ids.reshape(shape), shape)
-    return Field(shape, ((1, walk.fields.joined(total)),)) if total.terms else total
+    outer = total.shape[: len(output)]
+    total = total.mapped(lambda ids: ids.reshape(outer), outer)
+    return Field(outer, ((1, walk.fields.joined(total)),)) if total.terms else total
 
 
 def _biased(walk: Walk, y: Field, bias: Field | None) -> Field:
@@ -51,7 +51,7 @@ def matmul(walk: Walk, *arguments: Any, **named: Any) -> Any:
     """Summed over the inner dimension."""
     bias = arguments[0] if walk.name in {"addmm", "baddbmm"} else None
     a, b = arguments[1:3] if bias is not None else arguments[:2]
-    if walk.name == "addbmm" or (bias is not None and set(named.values()) - {1, 1.0}):
+    if walk.name == "addbmm" or (bias is not None and set(named.values()) - {1}):
         return NotImplemented
     batch = "abcdefgh"
     inner = [f"{batch[-(len(a.shape) - 2) :] if len(a.shape) > 2 else ''}{'m' if len(a.shape) > 1 else ''}k"]
@@ -73,7 +73,7 @@ def einsum(walk: Walk, equation: str, operands: Sequence[Field], **_: Any) -> An
 
 @rule("bilinear")
 def bilinear(walk: Walk, x: Field, z: Field, weight: Field, bias: Field | None = None) -> Field:
-    """x W z for each output."""
+    """A form x W z for each output."""
     outer = "abcdefgh"[: len(x.shape) - 1]
     y = contracted(walk, [(x, outer + "i"), (weight, "oij"), (z, outer + "j")], outer + "o")
     return _biased(walk, y, bias)

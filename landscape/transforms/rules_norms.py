@@ -18,7 +18,9 @@ def batch_norm(walk: Walk, x: Field, weight: Field | None, bias: Field | None, *
     v cannot go with x, because of its ε.
     """
     mean = rest[0] if rest and isinstance(rest[0], Field) else None
-    evaluated = walk.name == "_native_batch_norm_legit_no_training" or (mean is not None and not _by_batch(walk, rest))
+    evaluated = walk.name == "_native_batch_norm_legit_no_training" or (
+        mean is not None and not _by_batch(walk, rest)
+    )
     spatial = range(2, len(x.shape))
     # By the batch: also over the examples, but each image has its own statistics in instance norm.
     channel = walk.uniform(x, spatial if walk.name == "instance_norm" else [0, *spatial])
@@ -40,7 +42,12 @@ def _by_batch(walk: Walk, rest: Sequence[Any]) -> bool:
 
 @rule("layer_norm", "native_layer_norm")
 def layer_norm(
-    walk: Walk, x: Field, shape: Sequence[int], weight: Field | None = None, bias: Field | None = None, *_: Any
+    walk: Walk,
+    x: Field,
+    shape: Sequence[int],
+    weight: Field | None = None,
+    bias: Field | None = None,
+    *_: Any,
 ) -> Any:
     """Over the last dimensions."""
     return _normalized(walk, x, range(-len(shape), 0), weight, bias)

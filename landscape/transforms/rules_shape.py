@@ -103,13 +103,17 @@ def summed(walk: Walk, x: Field, *rest: Any, **named: Any) -> Any:
     if rest and isinstance(rest[0], Field):
         return walk.equal(x, rest[0])
     place = 1 if walk.name == "topk" else 0
-    dims = named.get("dim", rest[place] if len(rest) > place else (-1 if walk.name in {"sort", "topk"} else None))
+    dims = named.get(
+        "dim", rest[place] if len(rest) > place else (-1 if walk.name in {"sort", "topk"} else None)
+    )
     return _over(walk, x, dims)
 
 
 @rule("linalg_vector_norm", "norm")
 def norm(walk: Walk, x: Field, order: Any = 2, dim: Any = None, *_: Any, **named: Any) -> Any:
-    """Of degree one."""
+    """Of degree one, but for the count of what is not zero."""
+    if order == 0:
+        return Field(walk.shape)
     return _over(walk, x, named.get("dim", dim))
 
 
@@ -149,7 +153,13 @@ def _of(ids: Tensor) -> Field:
 
 
 def _over(walk: Walk, x: Field, dims: Any) -> Any:
-    over = range(len(x.shape)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    over = (
+        range(len(x.shape))
+        if dims is None or dims == [] or isinstance(dims, bool)
+        else [dims]
+        if isinstance(dims, int)
+        else dims
+    )
     kept = walk.uniform(x, list(over))
     val = walk.node.meta["val"]
     first = val[0] if isinstance(val, tuple | list) else val

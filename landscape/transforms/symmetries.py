@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from landscape import seeds
-from landscape.errors import Refused
 from landscape.transforms import nullspace
 from landscape.transforms.balance import balanced
 from landscape.transforms.exponents import Exponents
 from landscape.transforms.transformed import Transformed, moved
-from landscape.transforms.verification import Test, moves
+from landscape.transforms.verification import Verifier, moves
 
 if TYPE_CHECKING:
     from landscape.problem import Problem
@@ -157,7 +156,9 @@ class Symmetries:
             Refused: if the function is not what it was.
         """
         if factors.shape != (len(self.nodes),) or not bool(((factors > 0) & factors.isfinite()).all()):
-            raise ValueError(f"got factors {factors.tolist()}; allowed are {len(self.nodes)} positive numbers")
+            raise ValueError(
+                f"got factors {factors.tolist()}; allowed are {len(self.nodes)} positive numbers"
+            )
         z = factors.double().log()
         moving = z.nonzero()[:, 0].tolist()
         diagonal, buffers = moves(self._found.layout, self.exponents, self.problem, z)
@@ -169,7 +170,9 @@ class Symmetries:
             name=name,
         )
 
-    def random(self, spread: float = 1.0, seed: int = 0, index: int = 0, *, exact: bool = True) -> Transformed:
+    def random(
+        self, spread: float = 1.0, seed: int = 0, index: int = 0, *, exact: bool = True
+    ) -> Transformed:
         """A random point of the orbit: factors exp(spread · N(0, 1)).
 
         Args:
@@ -211,7 +214,7 @@ def find(problem: Problem, *, buffers: Literal["move", "frozen"] = "move", seed:
 
     A rescaling multiplies parameters by positive factors. Those that leave all outputs alone are the null space
     of a linear system in the factors' logarithms, which each operation adds its equations to; it is solved in
-    rational numbers. Each layer is then verified at random factors on two examples, in float64 where the
+    rational numbers. Each layer is then verified at random factors on an example, in float64 where the
     model runs in it. A verification that fails removes the group and says so in `excluded`.
 
     Args:
@@ -227,7 +230,7 @@ def find(problem: Problem, *, buffers: Literal["move", "frozen"] = "move", seed:
     if buffers not in {"move", "frozen"}:
         raise ValueError(f"buffers is {buffers!r}; allowed is 'move' or 'frozen'")
     found = nullspace.solve(problem, move_buffers=buffers == "move")
-    test = Test(problem, found.layout, nullspace.exponents(found), seed)
+    test = Verifier(problem, found.layout, nullspace.exponents(found), seed)
     groups: list[Group] = []
     kept: list[int] = []
     failed: dict[str, str] = {}
@@ -239,10 +242,12 @@ def find(problem: Problem, *, buffers: Literal["move", "frozen"] = "move", seed:
             why = f"its rescaling failed the verification: the outputs changed by {change:.1e}"
             failed |= dict.fromkeys(vectors[0].tensors, why)
             continue
-        nodes = tuple(range(len(kept), len(kept) + len(members)))
-        tensors = {name: None for v in vectors for name in v.tensors}
-        split = [tuple(n for n in tensors if (n in found.buffers) == moved) for moved in (False, True)]
-        groups.append(Group(len(groups), _name(vectors[0].origin, groups), nodes, *split, exact, change))
+        columns = tuple(range(len(kept), len(kept) + len(members)))
+        tensors = dict.fromkeys(name for v in vectors for name in v.tensors)
+        parameters = tuple(name for name in tensors if name not in found.buffers)
+        buffers_moved = tuple(name for name in tensors if name in found.buffers)
+        name = _name(vectors[0].origin, groups)
+        groups.append(Group(len(groups), name, columns, parameters, buffers_moved, exact, change))
         kept += members
     found = dataclasses.replace(found, vectors=[found.vectors[k] for k in kept])
     nodes = tuple(

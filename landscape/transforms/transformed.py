@@ -59,7 +59,11 @@ class Transformed:
     def undone(self, v: Tensor) -> Tensor:
         """D⁻¹ v brought back into the order of θ: the displacement that T takes to v."""
         shrunk = v / self._along(v)
-        return shrunk if self.order is None else torch.empty_like(shrunk).index_copy_(0, self.order.to(v.device), shrunk)
+        return (
+            shrunk
+            if self.order is None
+            else torch.empty_like(shrunk).index_copy_(0, self.order.to(v.device), shrunk)
+        )
 
     def _along(self, v: Tensor) -> Tensor:
         return self.diagonal.to(v.device, v.dtype).reshape(-1, *[1] * (v.ndim - 1))
@@ -94,7 +98,9 @@ def moved(
     theta = theta if order is None else theta[order.to(theta.device)]
     vector = (theta.double() * diagonal.to(theta.device)).to(theta.dtype)
     if not bool(torch.isfinite(vector).all()):
-        raise Refused(f"{name} takes parameters out of the range of {problem.dtype}; take a smaller step or float64")
+        raise Refused(
+            f"{name} takes parameters out of the range of {problem.dtype}; take a smaller step or float64"
+        )
     new = problem.at(vector, {**problem.buffers(), **buffers})
     change = function_change(problem, new)
     if exact and not change <= _ALLOWED * torch.finfo(problem.dtype).eps:

@@ -22,8 +22,8 @@ _AWAY = 0.1  # by which parameters are moved before, in units of their own size
 _DOUBLE = torch.finfo(torch.float64).eps
 
 
-class Test:
-    """Random rescalings of a problem on its first example (of two in training mode), in float64 where the model runs in it.
+class Verifier:
+    """Random rescalings of a problem on its first example (two in training mode), in float64 where it runs in that.
 
     They are applied not at θ but close by: at an initialisation, where biases and running means are 0, much
     that is wrong goes unnoticed.
@@ -65,7 +65,9 @@ class Test:
         return relative_change(self._before, outputs(there, self._piece))
 
 
-def moves(layout: Layout, exponents: Exponents, problem: Problem, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def moves(
+    layout: Layout, exponents: Exponents, problem: Problem, z: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     """What log-scales of the nodes do.
 
     Args:
