@@ -6,6 +6,7 @@ A row's `nodes` is the dimension of the space of rescalings, `groups` the number
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from cases_base import labels, net, normal
 from torch import Tensor, nn
 
-from landscape import testbeds
+from landscape import testbeds, transforms
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +127,8 @@ class _Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.n1, self.n2 = nn.LayerNorm(8), nn.LayerNorm(8)
-        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.q, self.v, self.o = (nn.Linear(8, 8) for _ in range(3))
+        self.k = nn.Linear(8, 8, bias=False)  # softmax does not see a bias of the keys
         self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -269,3 +271,11 @@ TRUTH = [
     Net("squeeze and excite", SqueezeExcite, normal(2, 2, 5, 5), 9, 2),
     Net("unused layer", Unused, FIVE, 6, 1),
 ]  # fmt: skip
+
+BY_NAME = {net.name: net for net in TRUTH}
+
+
+@functools.cache
+def found(name: str) -> transforms.Symmetries:
+    """The symmetries of a network of the table, looked for once."""
+    return transforms.find(BY_NAME[name].problem(), **BY_NAME[name].find)

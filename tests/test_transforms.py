@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases_base import normal
 from cases_symmetries import (
+    BY_NAME,
     FIVE,
     IMAGES,
     TRUTH,
@@ -14,23 +15,20 @@ from cases_symmetries import (
     ByNumpy,
     ControlFlow,
     Net,
-    Shared,
-    Unused,
     mlp,
     vgg,
 )
+from cases_symmetries import found as symmetries_of
 from torch import Tensor, nn
 
 import landscape
 from landscape import testbeds, transforms
 
-BY_NAME = {net.name: net for net in TRUTH}
-
 
 @pytest.mark.parametrize("net", TRUTH, ids=lambda net: net.name)
 def test_ground_truth(net: Net) -> None:
     """Nodes, layers, how many hold up to a norm's epsilon; each holds in numbers, alone and all together."""
-    found = transforms.find(net.problem(), **net.find)
+    found = symmetries_of(net.name)
     approximate = sum(not node.exact for node in found.nodes)
     assert (len(found.nodes), len(found.groups), approximate) == (net.nodes, net.groups, net.approximate)
     assert all(group.change <= 1e-14 for group in found.groups if group.exact)
@@ -61,21 +59,21 @@ def test_vgg_of_full_width(frozen: bool) -> None:
 
 
 def test_running_means_move_and_are_named() -> None:
-    found = transforms.find(BY_NAME["resnet-20 of width 4"].problem())
+    found = symmetries_of("resnet-20 of width 4")
     moving = [g for g in found.groups if g.buffers]
     assert (sum(len(g.nodes) for g in moving), len(moving)) == (196, 21)
     assert moving[0].parameters == ("0.weight", "1.weight")
     assert moving[0].buffers == ("1.running_mean",)
-    frozen = transforms.find(BY_NAME["resnet-20, frozen buffers"].problem(), buffers="frozen")
+    frozen = symmetries_of("resnet-20, frozen buffers")
     assert not any(g.buffers for g in frozen.groups)
 
 
 def test_what_is_excluded_is_named_with_its_reason() -> None:
-    found = transforms.find(BY_NAME["gelu"].problem())
+    found = symmetries_of("gelu")
     assert set(found.excluded) == {"0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"}
     assert "gelu is not positively homogeneous (1)" in found.excluded["0.bias"]
     assert "output" in found.excluded["4.bias"]
-    unused = transforms.find(Net("", Unused, FIVE, 6, 1).problem()).excluded
+    unused = symmetries_of("unused layer").excluded
     assert unused["never.weight"] == "the outputs do not depend on it"
     with pytest.raises(landscape.Refused, match=r"no rescaling symmetry.*gelu"):
         found.scale(2.0)
@@ -108,7 +106,7 @@ def test_shapes_that_depend_on_the_data_are_refused() -> None:
 
 
 def test_the_model_is_not_touched() -> None:
-    problem = BY_NAME["resnet-20, training"].problem()
+    problem = BY_NAME["mobilenet"].problem(mode="train")
     model = problem.evaluator.model
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
@@ -123,8 +121,7 @@ def test_the_model_is_not_touched() -> None:
 
 def test_alpha_scale_of_the_first_layer() -> None:
     """Incoming weights and biases times alpha, outgoing ones divided; nothing else moves."""
-    problem = BY_NAME["mlp"].problem()
-    there = transforms.find(problem).scale(3.0)
+    there, problem = symmetries_of("mlp").scale(3.0), symmetries_of("mlp").problem
     shapes = [t.flatten() for t in problem.space.split(there.diagonal)]
     factors = {name: set(t.tolist()) for name, t in zip(problem.names, shapes, strict=True)}
     near = {name: [pytest.approx(v) for v in values] for name, values in factors.items()}
@@ -137,7 +134,7 @@ def test_alpha_scale_of_the_first_layer() -> None:
 
 
 def test_auto_takes_the_first_exact_layer() -> None:
-    found = transforms.find(BY_NAME["resnet-20, training"].problem())
+    found = symmetries_of("resnet-20, training")
     assert not found.groups[0].exact
     assert found.group().parameters[:2] == ("1.weight", "1.bias")
     there = found.scale(2.0, group=0)
@@ -146,7 +143,7 @@ def test_auto_takes_the_first_exact_layer() -> None:
 
 
 def test_all_layers_several_and_by_name() -> None:
-    found = transforms.find(BY_NAME["mlp"].problem())
+    found = symmetries_of("mlp")
     both = found.scale(2.0, "all").diagonal
     assert torch.equal(both, found.scale(2.0, [0, "2"]).diagonal)
     assert torch.allclose(both, found.scale(2.0, 0).diagonal * found.scale(2.0, 1).diagonal)
@@ -157,11 +154,11 @@ def test_all_layers_several_and_by_name() -> None:
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_factors_that_are_not_positive_are_refused(alpha: float) -> None:
     with pytest.raises(ValueError, match="positive"):
-        transforms.find(BY_NAME["mlp"].problem()).scale(alpha)
+        symmetries_of("mlp").scale(alpha)
 
 
 def test_unknown_groups_and_nodes_are_refused() -> None:
-    found = transforms.find(BY_NAME["mlp"].problem())
+    found = symmetries_of("mlp")
     with pytest.raises(ValueError, match=r"no symmetry group 'x'; allowed .*0 \(0\), 1 \(2\)"):
         found.scale(2.0, "x")
     with pytest.raises(ValueError, match="allowed is 0 to 27"):
@@ -174,7 +171,7 @@ def test_unknown_groups_and_nodes_are_refused() -> None:
     "name", ["lenet", "vgg-11-bn", "transformer, tied", "u-net", "shared layer without bias"]
 )
 def test_random_points_of_the_orbit(name: str) -> None:
-    found = transforms.find(BY_NAME[name].problem())
+    found = symmetries_of(name)
     there, again, other = found.random(seed=1), found.random(seed=1), found.random(seed=2)
     assert there.function_change <= 1e-13
     assert torch.equal(there.vector, again.vector)
@@ -183,7 +180,7 @@ def test_random_points_of_the_orbit(name: str) -> None:
 
 
 def test_float32_loses_only_rounding() -> None:
-    problem = BY_NAME["resnet-20 of width 4"].problem(dtype=torch.float32)
+    problem = BY_NAME["mobilenet"].problem(dtype=torch.float32)
     found = transforms.find(problem)
     assert max(g.change for g in found.groups) <= 1e-14  # verified in float64
     assert 1e-9 < found.random().function_change < 1e-4
@@ -191,8 +188,8 @@ def test_float32_loses_only_rounding() -> None:
 
 def test_moving_again_starts_where_it_stands() -> None:
     """Buffers included: there and back is where it began."""
-    problem = BY_NAME["vgg-11-bn"].problem()
-    there = transforms.find(problem).scale(3.0, "all")
+    problem = BY_NAME["mobilenet"].problem()
+    there = symmetries_of("mobilenet").scale(3.0, "all")
     back = transforms.find(there.problem).scale(1 / 3.0, "all")
     assert torch.allclose(back.vector, problem.parameters_vector(), rtol=1e-14)
     for name, buffer in problem.buffers().items():
@@ -238,5 +235,5 @@ def test_functions_of_parameters() -> None:
 
 def test_exponents_other_than_one() -> None:
     """A layer that is used twice: the one after it takes the square."""
-    found = transforms.find(Net("", lambda: Shared(False), FIVE, 7, 2).problem())
+    found = symmetries_of("shared layer without bias")
     assert {abs(p) for node in found.nodes for each in node.exponents.values() for p in each} == {1.0, 2.0}

@@ -68,7 +68,7 @@ class _Forward(nn.Module):
             held = dict(model.named_parameters())
             self.parameter_names = {f"parameter{i}": name for i, name in enumerate(held)}
             self.buffer_names = {f"buffer{i}": name for i, (name, _) in enumerate(model.named_buffers())}
-            self._parameters.update({alias: held[name] for alias, name in self.parameter_names.items()})  # type: ignore[misc]
+            self._parameters.update({alias: held[name] for alias, name in self.parameter_names.items()})
             self._buffers.update(zip(self.buffer_names, dict(model.named_buffers()).values(), strict=True))
         else:
             self.model = model

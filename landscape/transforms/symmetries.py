@@ -214,7 +214,7 @@ def find(problem: Problem, *, buffers: Literal["move", "frozen"] = "move", seed:
 
     A rescaling multiplies parameters by positive factors. Those that leave all outputs alone are the null space
     of a linear system in the factors' logarithms, which each operation adds its equations to; it is solved in
-    rational numbers. Each layer is then verified at random factors on an example, in float64 where the
+    rational numbers. Each layer is then verified at random factors on a few examples, in float64 where the
     model runs in it. A verification that fails removes the group and says so in `excluded`.
 
     Args:

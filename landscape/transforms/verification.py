@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from landscape import batches as batching
 from landscape import seeds
 from landscape.transforms import graph as graphs
 from landscape.transforms.exponents import Exponents
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
     from landscape.problem import Problem
 
 _SPREAD = 0.3  # standard deviation of the random log-scales
+_MOST_EXAMPLES = 32
+_ENTRIES = 4096  # numbers in the batch on which rescalings are verified
 _AWAY = 0.1  # by which parameters are moved before, in units of their own size
 _DOUBLE = torch.finfo(torch.float64).eps
 
 
 class Verifier:
-    """Random rescalings of a problem on its first example (two in training mode), in float64 where it runs in that.
+    """Random rescalings of a problem on its first examples, in float64 where it runs in that.
 
     They are applied not at θ but close by: at an initialisation, where biases and running means are 0, much
     that is wrong goes unnoticed.
@@ -47,7 +50,7 @@ class Verifier:
         nearby = [_beside(t, seed, i) for i, t in enumerate(wide.space.split(wide.parameters_vector()))]
         beside = {name: _beside(t, seed, len(nearby) + i) for i, (name, t) in enumerate(moving.items())}
         self._problem = wide.at(wide.space.flatten(nearby), {**wide.buffers(), **beside})
-        self._piece = graphs.example(wide, examples=1 if wide.mode == "eval" else 2)
+        self._piece = graphs.example(wide, examples=_examples(wide))
         try:
             self._before = outputs(self._problem, self._piece)
         except (RuntimeError, ValueError, IndexError):  # a model that does not take a batch of one
@@ -63,6 +66,14 @@ class Verifier:
         theta = self._problem.parameters_vector()
         there = self._problem.at(theta.mul_(diagonal.to(theta)), {**self._problem.buffers(), **buffers})
         return relative_change(self._before, outputs(there, self._piece))
+
+
+def _examples(problem: Problem) -> int:
+    """As many as there is little work in: a unit that is silent on all of them hides what is wrong with it."""
+    two = graphs.example(problem)
+    entries = sum(t.numel() for t in batching.tensors(two)) // 2
+    least = 1 if problem.mode == "eval" else 2
+    return max(least, min(_MOST_EXAMPLES, _ENTRIES // max(entries, 1)))
 
 
 def moves(
