@@ -68,6 +68,16 @@ def test_running_means_move_and_are_named() -> None:
     assert not any(g.buffers for g in frozen.groups)
 
 
+def test_a_summary_says_what_moves_how() -> None:
+    lines = str(symmetries_of("mlp")).splitlines()
+    assert lines[:2] == [
+        "28 nodes in 2 groups",
+        "0 0: 16 nodes, exact, 0.weight α^1, 0.bias α^1, 2.weight α^-1",
+    ]
+    assert lines[-1] == "not included: 4.bias: the network's output, 4"
+    assert "up to a norm's ε" in str(symmetries_of("layer and group norm"))
+
+
 def test_what_is_excluded_is_named_with_its_reason() -> None:
     found = symmetries_of("gelu")
     assert set(found.excluded) == {"0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"}

@@ -79,10 +79,10 @@ def assert_congruent(there: Transformed, before: tuple[Tensor, Tensor], after: t
     d = there.diagonal
     for measured, predicted in ((after[0] * d, before[0]), (d[:, None] * after[1] * d, before[1])):
         assert float((measured - predicted).abs().max()) <= 1e-12 * float(predicted.abs().max())
-    assert torch.allclose(there.pulled_back(before[0]), after[0], rtol=1e-9, atol=1e-14)
+    assert torch.allclose(there.cotangent(before[0]), after[0], rtol=1e-9, atol=1e-14)
     v = normal(len(d), seed=5)
     product = there.problem.hvp(v)
-    predicted = there.pulled_back(before[1] @ there.undone(v))
+    predicted = there.cotangent(before[1] @ there.pull(v))
     assert float((product - predicted).abs().max()) <= 1e-11 * float(product.abs().max())
 
 

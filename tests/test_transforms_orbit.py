@@ -120,11 +120,11 @@ def test_permuted_derivatives() -> None:
     there = transforms.permutations(problem).random(seed=2)
     v = normal(problem.size, seed=8)
     assert torch.allclose(
-        there.problem.gradient(), there.pulled_back(problem.gradient()), rtol=1e-12, atol=1e-15
+        there.problem.gradient(), there.cotangent(problem.gradient()), rtol=1e-12, atol=1e-15
     )
-    expected = there.pulled_back(problem.hvp(there.undone(v)))
+    expected = there.cotangent(problem.hvp(there.pull(v)))
     assert torch.allclose(there.problem.hvp(v), expected, rtol=1e-11, atol=1e-14)
-    assert torch.equal(there.pushed_forward(there.undone(v)), v)
+    assert torch.equal(there.push(there.pull(v)), v)
 
 
 def test_what_cannot_be_permuted_stays() -> None:

@@ -9,6 +9,7 @@ import torch
 from cases_symmetries import FIVE, Net
 from cases_symmetries_own import OWN, Accumulated, Between, Recurrent
 from torch import Tensor
+from torch.nn import functional as F
 
 from landscape import transforms
 
@@ -59,6 +60,25 @@ class Clamped(Between):
         return h.clamp(-1, 1) + torch.clamp(h, max=2.0)
 
 
+class Bounded(Between):
+    """Its limits are the defaults, which the graph leaves out."""
+
+    def between(self, h: Tensor) -> Tensor:
+        return F.hardtanh(h)
+
+
+class Drawn(Between):
+    def between(self, h: Tensor) -> Tensor:
+        return h * torch.bernoulli(h.clamp(min=0).clamp(max=1))
+
+
+class FilledIn(Between):
+    """A tensor filled with a value that changes."""
+
+    def between(self, h: Tensor) -> Tensor:
+        return h * torch.zeros_like(h).fill_(h.mean())
+
+
 class Powers(Between):
     """Degree two, undone by a degree of one half."""
 
@@ -68,8 +88,17 @@ class Powers(Between):
 
 @pytest.mark.parametrize(
     ("model", "nodes"),
-    [(Rounded, 0), (Shifted, 0), (Tiny, 0), (Clamped, 0), (Powers, 6)],
-    ids=lambda v: str(v),
+    [
+        (Rounded, 0),
+        (Shifted, 0),
+        (Tiny, 0),
+        (Clamped, 0),
+        (Bounded, 0),
+        (Drawn, 0),
+        (FilledIn, 0),
+        (Powers, 6),
+    ],
+    ids=str,
 )
 def test_what_looks_homogeneous(model: type[Between], nodes: int) -> None:
     found = transforms.find(Net("", functools.partial(model, 6, 6), FIVE, nodes, 1).problem())

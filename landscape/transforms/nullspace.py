@@ -125,25 +125,25 @@ def _running_means(found: Graph) -> dict[Node, str]:
 
 def _vectors(layout: Layout, walk: Walk, measured: set[str]) -> list[Vector]:
     system = walk.system
-    entries: dict[int, Row] = {}
-    tensors: dict[int, dict[str, set[float]]] = {}
+    changes: dict[int, dict[str, Row]] = {}  # free unknown -> tensor -> its unknowns
     for name, unknowns in layout.unknowns(layout.terms).items():
         for unknown in unknowns:
             for free, coefficient in system.resolve(unknown).items():
-                entries.setdefault(free, {})[unknown] = coefficient
-                tensors.setdefault(free, {}).setdefault(name, set()).add(float(coefficient))
+                changes.setdefault(free, {}).setdefault(name, {})[unknown] = coefficient
     floored: set[int] = set()
     for row in walk.floored:
         floored.update(system.reduce(row))
     owner = {u: name for name, us in layout.unknowns(layout.terms).items() for u in us}
     starts = [first for first, _ in walk.origins]
     made = []
-    for free in sorted(entries):
-        touched = {name: tuple(sorted(values)) for name, values in tensors[free].items()}
-        if not measured & touched.keys():
+    for free, by_tensor in sorted(changes.items()):
+        if not measured & by_tensor.keys():
             continue
+        local = {name: layout.localized(name, row) for name, row in by_tensor.items()}
+        powers = {name: tuple(sorted(map(float, layout.exponents(name, row)))) for name, row in local.items()}
+        entries = {u: c for row in local.values() for u, c in row.items()}
         origin, order = _origin(free, owner, starts, walk)
-        made.append(Vector(origin, order, entries[free], touched, free not in floored))
+        made.append(Vector(origin, order, entries, powers, free not in floored))
     return sorted(made, key=lambda v: v.order)
 
 

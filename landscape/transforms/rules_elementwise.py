@@ -18,7 +18,7 @@ _EPSILON = 1e-3
 
 @rule(
     "relu", "leaky_relu", "abs", "neg", "clone", "detach", "alias", "contiguous", "to", "_to_copy", "positive",
-    "lift_fresh_copy", "dropout", "feature_dropout", "type_as", "rrelu", "tril", "triu", "nan_to_num",
+    "lift_fresh_copy", "dropout", "feature_dropout", "type_as", "rrelu", "tril", "triu",
 )  # fmt: skip
 def same(walk: Walk, x: Field, *_: Any, **__: Any) -> Field:
     """Positively homogeneous of degree one, unless rounded to whole numbers."""
@@ -48,7 +48,7 @@ def threshold(walk: Walk, x: Field, at: float, value: float) -> Any:
     return x if at == value == 0 else smooth(walk, x)
 
 
-@rule("clamp", "clamp_min", "clamp_max", "hardtanh")
+@rule("clamp", "clamp_min", "clamp_max")
 def clamp(walk: Walk, x: Field, *limits: Any, **named: Any) -> Any:
     """A ReLU where the only limit is 0; a floor against division by zero leaves a norm as it is."""
     given = [v for v in (*limits, *named.values()) if v is not None]
@@ -68,10 +68,10 @@ def clamp(walk: Walk, x: Field, *limits: Any, **named: Any) -> Any:
 
 @rule(
     "gelu", "silu", "tanh", "sigmoid", "softplus", "elu", "selu", "celu", "mish", "exp", "log", "log1p", "expm1",
-    "sin", "cos", "erf", "hardswish", "hardsigmoid", "hardshrink", "softshrink", "relu6", "softmax", "_softmax",
-    "log_softmax", "_log_softmax", "logsigmoid", "log_sigmoid_forward", "logsumexp", "softsign", "atan", "round",
-    "floor", "ceil", "cross_entropy_loss", "nll_loss_nd", "nll_loss", "nll_loss_forward", "mse_loss", "l1_loss",
-    "binary_cross_entropy", "binary_cross_entropy_with_logits", "smooth_l1_loss", "huber_loss", "kl_div",
+    "sin", "cos", "erf", "hardswish", "hardsigmoid", "hardtanh", "hardshrink", "softshrink", "relu6", "softmax",
+    "_softmax", "log_softmax", "_log_softmax", "logsigmoid", "log_sigmoid_forward", "logsumexp", "softsign", "atan",
+    "round", "floor", "ceil", "cross_entropy_loss", "nll_loss_nd", "nll_loss", "nll_loss_forward", "mse_loss",
+    "l1_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "smooth_l1_loss", "huber_loss", "kl_div",
 )  # fmt: skip
 def smooth(walk: Walk, *inputs: Any, **named: Any) -> Any:
     """Not positively homogeneous: nothing of it may change."""
@@ -180,10 +180,12 @@ def glu(walk: Walk, x: Field, dim: int = -1) -> Field:
 @rule(
     "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "arange",
     "empty", "empty_like", "new_empty", "scalar_tensor", "eye", "linspace", "rand", "randn", "rand_like", "randn_like",
-    "argmax", "argmin", "fill", "bernoulli",
+    "argmax", "argmin", "fill",
 )  # fmt: skip
-def constant(walk: Walk, x: Any = None, *rest: Any, **__: Any) -> Field:
+def constant(walk: Walk, x: Any = None, *rest: Any, **__: Any) -> Any:
     """New tensors."""
+    if any(isinstance(v, Field) for v in rest):
+        return NotImplemented
     if walk.name in {"argmax", "argmin"}:
         walk.uniform(x, range(len(x.shape)) if not rest or rest[0] is None else [rest[0]])
     filled = {"full": 0, "full_like": 0, "new_full": 1, "fill": 0}

@@ -20,7 +20,7 @@ from landscape.transforms.rules import Walk, rule
 )  # fmt: skip
 def moved(walk: Walk, x: Any, *rest: Any, **named: Any) -> Any:
     """The operation itself, run on the unknowns."""
-    if not isinstance(x, Field) or any(isinstance(v, Field) for v in (*rest, *named.values())):
+    if not isinstance(x, Field) or any(isinstance(v, Field | torch.dtype) for v in (*rest, *named.values())):
         return NotImplemented
 
     def run(ids: Tensor) -> Any:

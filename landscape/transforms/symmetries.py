@@ -54,6 +54,7 @@ class Group:
         nodes: their indices.
         parameters: the parameter tensors that move.
         buffers: the buffers that must move with them.
+        exponents: parameter or buffer -> all exponents with which its nodes move it.
         exact: as of its nodes.
         change: the largest relative change of the outputs at random factors of all nodes.
     """
@@ -63,8 +64,14 @@ class Group:
     nodes: tuple[int, ...]
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
+    exponents: Mapping[str, tuple[float, ...]]
     exact: bool
     change: float
+
+    def __str__(self) -> str:
+        powers = [f"{name} α^{'/'.join(f'{p:g}' for p in each)}" for name, each in self.exponents.items()]
+        kind = "exact" if self.exact else "up to a norm's ε"
+        return f"{self.index} {self.name}: {len(self.nodes)} nodes, {kind}, {', '.join(powers)}"
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,10 @@ class Symmetries:
     function_change: float
     _found: nullspace.NullSpace
     exponents: Exponents
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.nodes)} nodes in {len(self.groups)} groups", *map(str, self.groups)]
+        return "\n".join([*lines, *(f"not included: {name}: {why}" for name, why in self.excluded.items())])
 
     def group(self, which: str | int = "auto") -> Group:
         """Choose a group.
@@ -243,11 +254,20 @@ def find(problem: Problem, *, buffers: Literal["move", "frozen"] = "move", seed:
             failed |= dict.fromkeys(vectors[0].tensors, why)
             continue
         columns = tuple(range(len(kept), len(kept) + len(members)))
-        tensors = dict.fromkeys(name for v in vectors for name in v.tensors)
-        parameters = tuple(name for name in tensors if name not in found.buffers)
-        buffers_moved = tuple(name for name in tensors if name in found.buffers)
-        name = _name(vectors[0].origin, groups)
-        groups.append(Group(len(groups), name, columns, parameters, buffers_moved, exact, change))
+        powers: dict[str, set[float]] = {}
+        for name, each in (item for v in vectors for item in v.tensors.items()):
+            powers.setdefault(name, set()).update(each)
+        group = Group(
+            index=len(groups),
+            name=_name(vectors[0].origin, groups),
+            nodes=columns,
+            parameters=tuple(name for name in powers if name not in found.buffers),
+            buffers=tuple(name for name in powers if name in found.buffers),
+            exponents={name: tuple(sorted(each)) for name, each in powers.items()},
+            exact=exact,
+            change=change,
+        )
+        groups.append(group)
         kept += members
     found = dataclasses.replace(found, vectors=[found.vectors[k] for k in kept])
     nodes = tuple(

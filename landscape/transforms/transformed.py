@@ -48,22 +48,23 @@ class Transformed:
         """T(θ), a vector (n,)."""
         return self.problem.parameters_vector()
 
-    def pulled_back(self, v: Tensor) -> Tensor:
-        """D⁻¹ v (in the order of T): the gradient at T(θ) if v is the gradient at θ."""
-        return self._permuted(v) / self._along(v)
+    def cotangent(self, g: Tensor) -> Tensor:
+        """D⁻¹ g (in the order of T): the gradient at T(θ), if g is the gradient at θ; (n,) or (n, k).
 
-    def pushed_forward(self, v: Tensor) -> Tensor:
-        """D v (in the order of T): where T takes a displacement v of θ."""
+        The Hessian at T(θ) times v is `cotangent(H @ pull(v))`, with H that at θ.
+        """
+        return self._permuted(g) / self._along(g)
+
+    def push(self, v: Tensor) -> Tensor:
+        """D v (in the order of T): where T takes a displacement v of θ; (n,) or (n, k)."""
         return self._permuted(v) * self._along(v)
 
-    def undone(self, v: Tensor) -> Tensor:
-        """D⁻¹ v brought back into the order of θ: the displacement that T takes to v."""
+    def pull(self, v: Tensor) -> Tensor:
+        """The displacement of θ that T takes to v; (n,) or (n, k)."""
         shrunk = v / self._along(v)
-        return (
-            shrunk
-            if self.order is None
-            else torch.empty_like(shrunk).index_copy_(0, self.order.to(v.device), shrunk)
-        )
+        if self.order is None:
+            return shrunk
+        return torch.empty_like(shrunk).index_copy_(0, self.order.to(v.device), shrunk)
 
     def _along(self, v: Tensor) -> Tensor:
         return self.diagonal.to(v.device, v.dtype).reshape(-1, *[1] * (v.ndim - 1))
