@@ -119,8 +119,8 @@ class Problem:
         products: Products = "auto",
         kernels: Literal["auto", "none"] | Kernels = "auto",
     ):
-        self.arguments = {k: v for k, v in locals().items() if k not in {"self", "__class__"}}
-        arguments.validate(**self.arguments)
+        self._arguments = {k: v for k, v in locals().items() if k not in {"self", "__class__"}}
+        arguments.validate(**self._arguments)
         self.mode, self.reduction, self.products, self.microbatch = mode, reduction, products, microbatch
         if isinstance(model, nn.Module):
             module = arguments.unwrapped(model)
@@ -167,7 +167,7 @@ class Problem:
         if not self._kernels:
             from landscape import kernels  # needed by products only
 
-            plain = self.arguments["kernels"] == "none"
+            plain = self._arguments["kernels"] == "none"
             self._kernels.append(kernels.NONE if plain else kernels.choose(self.device, self.dtype))
         return self._kernels[0]
 
@@ -195,6 +195,16 @@ class Problem:
         slots = self.evaluator.slots.buffers
         held = {name.removeprefix("model."): t for name, t in slots.items() if name.startswith("model.")}
         return {**held, **self._buffers}
+
+    @property
+    def fixed(self) -> dict[str, Tensor]:
+        """The parameters that were moved but are not measured, by name."""
+        return dict(self._fixed)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What this problem was built from, by name."""
+        return dict(self._arguments)
 
     def value(self) -> Tensor:
         """L(θ), a 0-d float64 tensor."""
@@ -352,7 +362,7 @@ class Problem:
             return (
                 part if self._vector is None or "model" in changes else part.at(self._vector, self._buffers)
             )
-        new = type(self)(**{**self.arguments, **changes})
+        new = type(self)(**{**self._arguments, **changes})
         if "data" not in changes:
             new.batches = self.batches.to(new.device, new.dtype)
         if "model" not in changes and self._vector is not None:
@@ -485,7 +495,7 @@ class Problem:
 
     def sums(self, data: Any) -> tuple[float, float]:
         """The sum of all terms of these batches and the sum of their weights, in float64."""
-        return self.evaluator.sums(data, self.substitutes(self.leaves()), self._buffers)
+        return self.evaluator.sums(data, self._named(self.leaves()), self._buffers)
 
     def _product(self, V: Tensor, matrix: Matrix, by_autodiff: _Product, by_differences: _Product) -> Tensor:
         vectors.require_block(V, self.size)
@@ -546,8 +556,7 @@ class Problem:
 
     def filled(self, leaves: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
         """Let the model compute with these tensors as its parameters."""
-        return self.evaluator.filled(self.substitutes(leaves), self._buffers)
+        return self.evaluator.filled(self._named(leaves), self._buffers)
 
-    def substitutes(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
-        """These tensors by name, and the parameters that were moved but are not measured."""
+    def _named(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
         return {**self._fixed, **dict(zip(self.names, leaves, strict=True))}

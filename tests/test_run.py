@@ -394,7 +394,7 @@ def test_without_check_it_says_so() -> None:
 
 def test_the_model_is_untouched_and_so_is_the_random_state() -> None:
     problem = small_problem(mode="eval")
-    model = problem.arguments["model"]
+    model = problem._arguments["model"]
     model.train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()

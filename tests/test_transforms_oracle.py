@@ -26,6 +26,7 @@ WHOLE_TENSORS = [
 ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of forward derivatives, within PyTorch
 @pytest.mark.parametrize(
     ("name", "exact", "approximate"), WHOLE_TENSORS, ids=lambda v: v if isinstance(v, str) else ""
 )
@@ -60,8 +61,11 @@ def _jacobian(net: Net, names: list[str]) -> Tensor:
         return torch.func.functional_call(model, {**theta, **moved}, (many,)).flatten()
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        still = torch.zeros(len(names), dtype=torch.float64)
-        return torch.autograd.functional.jacobian(outputs, still, vectorize=True, strategy="forward-mode")
+        still, directions = (
+            torch.zeros(len(names), dtype=torch.float64),
+            torch.eye(len(names), dtype=torch.float64),
+        )
+        return torch.stack([torch.func.jvp(outputs, (still,), (e,))[1] for e in directions], 1)
 
 
 def _whole_tensor_directions(symmetries: transforms.Symmetries, names: list[str]) -> int:

@@ -149,10 +149,7 @@ def _by_name(problem: Problem, g: Any, eta: Tensors | Tensor) -> tuple[Map, Tens
 
 def _changes(problem: Problem, g: Map, eta: Tensors) -> dict[str, Any]:
     """The arguments of the pulled-back problem that are not those of the original."""
-    held = problem.substitutes(problem.leaves())
-    fixed = {name: t.detach() for name, t in held.items() if name not in problem.names}
-    evaluator = problem.evaluator
-    module = Reparametrized(evaluator.model, g, eta, fixed)
+    module = Reparametrized(problem.evaluator.model, g, eta, problem.fixed)
     changes: dict[str, Any] = {"model": module, "parameters": list(eta)}
     for name in ("output", "forward"):
         given = problem.arguments[name]
