@@ -51,6 +51,7 @@ class Summary:
     matvecs: int | None
     seconds: float | None
     path: Path | None
+    listing: str = ""
 
 
 def summarize(result: Any, path: Path | None = None) -> Summary:
@@ -62,14 +63,15 @@ def summarize(result: Any, path: Path | None = None) -> Summary:
     """
     metric = str(result.attrs.get("metric", path.stem if path else "?"))
     headline = str(result.attrs.get("headline", metric))
-    found = _entries(result, headline)
+    listing = _listing(result, headline)
+    found = [] if listing else _entries(result, headline)
     for name in result.variables:
         told = any(f"{name}_{error}" in result for error in ("stderr", "residual_norm"))
         told = told or name in result.attrs.get("told", [])
         if told and result[name].ndim == 0 and name != headline and math.isfinite(float(result[name])):
             found.append(_scalar(result, name))
     return Summary(metric, found, _converged(result), _whole(lookup(result, "matvecs")),
-                   _real(lookup(result, "wall_seconds")), path)  # fmt: skip
+                   _real(lookup(result, "wall_seconds")), path, listing)  # fmt: skip
 
 
 def lookup(result: Any, name: str) -> Any:
@@ -84,6 +86,7 @@ def table(rows: Iterable[Summary]) -> str:
     lines: list[tuple[str, ...]] = [
         ("measure", "estimate", "error", "converged", "products", "seconds", "file")
     ]
+    rows = list(rows)
     for row in rows:
         for index, estimate in enumerate(row.estimates):
             once = index == 0
@@ -96,7 +99,7 @@ def table(rows: Iterable[Summary]) -> str:
                 "" if row.seconds is None or not once else f"{row.seconds:.1f}",
                 "" if row.path is None or not once else str(row.path),
             ))  # fmt: skip
-    return aligned(lines)
+    return "\n\n".join([aligned(lines), *(row.listing for row in rows if row.listing)])
 
 
 def aligned(lines: list[tuple[str, ...]]) -> str:
@@ -182,6 +185,22 @@ def _entries(result: Any, headline: str) -> list[Estimate]:
         )
         for label, value, error, residual in zip(labels, _list(values), errors, residuals, strict=True)
     ]  # fmt: skip
+
+
+def _listing(result: Any, headline: str) -> str:
+    """Return the variables that a metric lists, in columns, one line for each entry of the headline."""
+    names = [name for name in result.attrs.get("listed", []) if name in result]
+    if not names or headline not in result:
+        return ""
+    dim = result.variables[headline].dims[0]
+    columns = [[_cell(entry) for entry in _list(result[name])] for name in (dim, *names)]
+    return aligned([(dim, *names), *zip(*columns, strict=True)])
+
+
+def _cell(entry: Any) -> str:
+    if isinstance(entry, float):
+        return f"{entry:.4g}" if math.isfinite(entry) else "-"
+    return str(entry)
 
 
 def _scalar(result: Any, name: str) -> Estimate:

@@ -105,12 +105,14 @@ def text(record: Record, path: Path) -> str:
         note = {True: ", converged", False: ", tolerance NOT reached", None: ""}[summary.converged]
         relative = f" ({estimate.relative})" if estimate.relative else ""
         rows.append((estimate.name, estimate.text + relative + (note if index == 0 else "")))
-    if not summary.estimates:
+    if not summary.estimates and not summary.listing:
         headline = str(record.attrs.get("headline", summary.metric))
         shape = record[headline].shape if headline in record else ()
         rows.append((headline, f"array {shape}" if shape else "nothing measured yet"))
     rows += [(title, line) for title, line in _details(record) if line]
     lines += ["  " + line for line in report.aligned(rows).splitlines()]
+    if summary.listing:
+        lines += ["", *("  " + line for line in summary.listing.splitlines())]
     return "\n".join(lines)
 
 

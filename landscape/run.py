@@ -336,6 +336,7 @@ def _described(metric: Metric, problem: Problem, origin: dict[str, Any]) -> dict
         "world_size": 1,
         "headline": metric.headline,
         "told": list(metric.told),
+        "listed": list(metric.listed),
         "unit": metric.unit,
         "citation": metric.citation,
         "parameter_ranges": {name: list(span) for name, span in problem.space.ranges.items()},

@@ -93,6 +93,7 @@ class Metric(abc.ABC):
         block: the most units measured at once.
         citation: the source of the definition.
         told: further variables, numbers without an error, that are told with the headline.
+        listed: variables along the headline's axis that are told as a table in its place.
     """
 
     name: ClassVar[str]
@@ -101,6 +102,7 @@ class Metric(abc.ABC):
     block: ClassVar[int] = 16
     citation: ClassVar[str] = ""
     told: ClassVar[tuple[str, ...]] = ()
+    listed: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Refuse a choice that is none of a field's.
@@ -217,7 +219,7 @@ class SequentialMetric(Metric):
     ) -> Values:
         """Run a block from its saved state, or from its start, to its end."""
         with contextlib.ExitStack() as stack:
-            if _graphs_fit(problem, shared.attrs.get("memory", MEMORY)):
+            if graphs_fit(problem, shared.attrs.get("memory", MEMORY)):
                 stack.enter_context(problem.keeping_graphs())
             return self._run(problem, shared, block, generators, journal)
 
@@ -247,7 +249,7 @@ class SequentialMetric(Metric):
         return {**self.stored(state), _SPENT: spent}
 
 
-def _graphs_fit(problem: Problem, memory: int) -> bool:
+def graphs_fit(problem: Problem, memory: int) -> bool:
     """Whether the graphs of products, once kept, take at most a quarter of the memory."""
     room = memory // 4
     needed = footprint.graphs(problem, room)

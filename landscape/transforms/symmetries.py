@@ -143,6 +143,24 @@ class Symmetries:
             factors[list(each.nodes)] = alpha
         return self.at(factors, name=f"α-scale {alpha:g} of {', '.join(g.name for g in chosen)}")
 
+    def direction(self, groups: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The exponents p with which everything moves, by α^p, where all nodes of these groups move by α.
+
+        Returns:
+            Those of the parameters, (n,), float64, and of the buffers that move, of their shape.
+        """
+        z = torch.zeros(len(self.nodes), dtype=torch.float64)
+        for index in groups:
+            z[list(self.groups[index].nodes)] = 1.0
+        s, layout = self.exponents.times(z), self._found.layout
+        of = {name: layout.log_scale(name, s).expand(layout.shapes[name]) for name in layout.terms}
+        powers = torch.zeros(self.problem.size, dtype=torch.float64)
+        for name, (start, stop) in self.problem.space.ranges.items():
+            if name in of:
+                powers[start:stop] = of[name].reshape(-1)
+        held = self.problem.buffers()
+        return powers, {name: p.clone() for name, p in of.items() if name in held and bool(p.any())}
+
     def scale_node(self, alpha: float, node: int) -> Transformed:
         """Scale one channel or unit: what comes in by α, what goes out by 1/α.
 
