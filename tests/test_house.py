@@ -31,6 +31,7 @@ FLOORS = [
     {"residual"},
     {
         "transforms.system",
+        "transforms.verdicts",
         "transforms.exponents",
         "transforms.graph",
         "transforms.labels",

@@ -80,7 +80,9 @@ class Reparametrization(Metric):
         found = transforms.find(problem)
         chosen = found.groups if self.layers == "all" else (found.group(self.layers),)
         exponents, buffers = found.direction([group.index for group in chosen])
-        powers = {name: _powers(exponents[start:stop]) for name, (start, stop) in problem.space.ranges.items()}
+        powers = {
+            name: _powers(exponents[start:stop]) for name, (start, stop) in problem.space.ranges.items()
+        }
         reference, notes = np.full(len(self.measures), np.nan), [""] * len(self.measures)
         blocks = np.full((len(self.measures), len(problem.names)), np.nan)
         for i, spec in enumerate(self.measures):
@@ -100,10 +102,14 @@ class Reparametrization(Metric):
             "block_powers": Variable(
                 ("tensor",), np.array([p[0] for p in powers.values()]), "1", "p of each tensor, its first"
             ),
-            "parameter_exponents": Variable(("parameter",), exponents.numpy(), "1", "p in D = diag(α^p)", sidecar=True),
+            "parameter_exponents": Variable(
+                ("parameter",), exponents.numpy(), "1", "p in D = diag(α^p)", sidecar=True
+            ),
         }
         for name, power in buffers.items():
-            variables[_BUFFER + name] = Variable((f"{name}_entry",), power.reshape(-1).numpy(), "1", "p of a buffer")
+            variables[_BUFFER + name] = Variable(
+                (f"{name}_entry",), power.reshape(-1).numpy(), "1", "p of a buffer"
+            )
         return Record(variables, {
             "layers_moved": ", ".join(group.name for group in chosen),
             "moved": json.dumps({name: p for name, p in powers.items() if p != [0.0]}),
@@ -145,7 +151,9 @@ class Reparametrization(Metric):
         return {
             "value_at": Variable(pair, values, "1", "value of each measure"),
             "stderr_at": Variable(pair, errors, "1", "its standard error, where it has one"),
-            "predicted_at": Variable(pair, predicted, "1", "what follows from the Hessian at θ, where that is known"),
+            "predicted_at": Variable(
+                pair, predicted, "1", "what follows from the Hessian at θ, where that is known"
+            ),
             "function_change": Variable(("alpha",), changes, "1", "max|f(T θ) - f(θ)| / max|f(θ)|"),
             "hessian_identity_error": Variable(
                 ("alpha",), identity, "1", "‖(D H(T θ) D - H(θ)) w‖ / ‖H(θ) w‖ for a random w"
@@ -156,7 +164,9 @@ class Reparametrization(Metric):
         """Judge every measure."""
         values, errors, alpha = record["value_at"].T, record["stderr_at"].T, record["alpha"]
         done = record["done"]
-        found = [judge(alpha[done], v[done], e[done], self.tolerance) for v, e in zip(values, errors, strict=True)]
+        found = [
+            judge(alpha[done], v[done], e[done], self.tolerance) for v, e in zip(values, errors, strict=True)
+        ]
         named, pair = ("measure",), ("measure", "alpha")
         return {
             "value": Variable(pair, values, "1", "value of each measure at each α"),
@@ -166,7 +176,9 @@ class Reparametrization(Metric):
             ),
             "verdict": Variable(named, np.array([f.verdict for f in found]), "", "verdict"),
             "exponent": Variable(named, np.array([f.exponent for f in found]), "1", "p of value ∝ α^p"),
-            "factor": Variable(named, np.array([f.factor for f in found]), "1", "largest over smallest value"),
+            "factor": Variable(
+                named, np.array([f.factor for f in found]), "1", "largest over smallest value"
+            ),
             "smallest": Variable(named, values[:, done].min(axis=1), "1", "smallest value over α"),
             "largest": Variable(named, values[:, done].max(axis=1), "1", "largest value over α"),
             "largest_function_change": Variable((), record["function_change"][done].max(), "1", "over all α"),
@@ -179,7 +191,7 @@ class Reparametrization(Metric):
         """Predict what the measures need, at θ and at every α, and two products for the identity."""
         each = [measure_of(spec).outlook(problem) for spec in self.measures]
         times = len(self.alpha) + 1
-        return tuple(times * (sum(found) + 2) for found in zip(*each, strict=True))  # type: ignore[return-value]
+        return tuple(times * (sum(found) + 2) for found in zip(*each, strict=True))
 
     def _moved(self, problem: Problem, shared: Record, alpha: float) -> Transformed:
         held = problem.buffers()
@@ -206,7 +218,11 @@ class Reparametrization(Metric):
         self, column: int, problem: Problem, there: Transformed, shared: Record, alpha: float
     ) -> float:
         """The value that D⁻¹ H(θ) D⁻¹ has: of a trace from its blocks at θ, of a spectral norm by products at θ."""
-        metric, memory, seed = measure_of(self.measures[column]), shared.attrs["memory"], shared.attrs["measured_seed"]
+        metric, memory, seed = (
+            measure_of(self.measures[column]),
+            shared.attrs["memory"],
+            shared.attrs["measured_seed"],
+        )
         if np.isfinite(shared["blocks"][column]).all():
             return float(shared["blocks"][column] @ alpha ** (-2 * shared["block_powers"]))
         if metric.name == "spectral_norm":
@@ -231,7 +247,7 @@ class _Congruent:
 
 def _powers(exponents: Tensor) -> list[float]:
     """The different exponents of a tensor."""
-    return [float(p) for p in exponents.unique()]
+    return [float(p) for p in np.unique(exponents.numpy())]
 
 
 def _headline(spec: str, record: Record) -> tuple[float, float]:
