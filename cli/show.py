@@ -25,6 +25,7 @@ _LINES: tuple[tuple[Any, ...], ...] = (
     ),
     ("data", ("data", "{}"), ("examples", "{} examples"), ("data_fingerprint", "fingerprint {:.8}")),
     ("way", ("way", "{}"), ("reason", "{}")),
+    ("warning", ("warning", "{}")),
     ("seed", ("seed", "{}")),
     (
         "computed on",
