@@ -145,10 +145,7 @@ def choose(losses: Losses, centre: float, directions: Sequence[Tensor], size: fl
         directions: float64 vectors (n,), of the lengths that will be used.
         size: the step, where it is given.
     """
-    length = max(
-        float(np.mean([float(v.norm()) for v in directions])), math.sqrt(torch.finfo(torch.float64).tiny)
-    )
-    unit = losses.reach / length
+    unit = losses.reach / float(np.mean([float(v.norm()) for v in directions]))
     spacing = losses.eps**_TABLE_EXPONENT * unit
     tables = [_noise(losses, v, f * spacing) for v, f in zip(directions, _SPACINGS, strict=False)]
     noise = max(*tables, _ROUNDED * losses.eps * abs(centre))
@@ -177,7 +174,8 @@ def along(losses: Losses, centre: float, v: Tensor, step: Step) -> Difference:
     if abs(found.shift) <= _DISAGREE * step.scale + 4 * step.rounding:
         return found
     smaller = Step(step.size * _SMALLER, step.noise, step.scale)
-    return min(found, _extrapolated(losses, centre, v, smaller), key=lambda d: d.error)
+    again = _extrapolated(losses, centre, v, smaller)
+    return again if not found.error <= again.error else found  # also where the first is not a number
 
 
 def projected_hessian(losses: Losses, centre: float, plane: Tensor, step: Step) -> PlaneDifference:
@@ -211,7 +209,8 @@ def _second(losses: Losses, centre: float, v: Tensor, h: float) -> float:
 def _judged(losses: Losses, centre: float, directions: Sequence[Tensor], step: Step) -> Step:
     """The step with its scale, and whether differences settle: between h and 2h less than between 4h and 8h."""
     ladder = [_seconds(losses, centre, directions, step.size * 2**i) for i in range(4)]
-    inner, outer = (float(np.median(np.abs(ladder[i] - ladder[i + 1]))) for i in (0, 2))
+    with np.errstate(invalid="ignore"):  # losses that are infinite within reach do not settle
+        inner, outer = (float(np.median(np.abs(ladder[i] - ladder[i + 1]))) for i in (0, 2))
     settled = inner / 3 <= 4 * step.rounding or inner <= _SETTLES * outer
     return dataclasses.replace(step, scale=_rms(ladder[0]), settled=settled)
 

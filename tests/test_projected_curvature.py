@@ -299,6 +299,24 @@ def test_without_curvature_no_plane_is_a_saddle(offset: float, theta: Tensor, sl
     assert bool(ds["converged"]) == (float(ds["kappa_error"].max()) == 0)
 
 
+@pytest.mark.parametrize("room", [1e-2, 1e-14])
+def test_losses_that_end_nearby(room: float) -> None:
+    """−Σ log(1 − w) at w = 1 − room: the curvature is 1/room², and there is no loss beyond w = 1."""
+    theta = torch.full((6,), 1 - room, dtype=torch.float64)
+    problem = function(lambda w: -torch.log(1 - w).sum(), theta)
+    by_losses, by_products = (
+        found(ProjectedCurvature(planes=8, method=m), problem) for m in ("losses", "products")
+    )
+    if room > 1e-10:
+        np.testing.assert_allclose(by_losses["kappa"], by_products["kappa"], rtol=2e-2)
+        assert bool(by_losses["converged"])
+    else:  # what no step can reach is not a number, and not made up
+        assert not np.isfinite(by_losses["kappa"]).any()
+        assert np.isnan(float(by_losses["trace"]))
+        assert not bool(by_losses["converged"])
+        assert "do not settle" in by_losses.attrs["warning"]
+
+
 @pytest.mark.parametrize("theta", [0.0, 1e-3, 1.0, 1e4])
 def test_quadratics_at_any_distance_from_zero(theta: float) -> None:
     signs = torch.tensor([1.0, -1.0] * 20, dtype=torch.float64)
@@ -420,6 +438,16 @@ def test_a_single_parameter_has_no_plane() -> None:
 def test_two_planes_are_needed_for_an_error() -> None:
     with pytest.raises(ValueError, match="got 1 planes"):
         planes.estimate(np.eye(2)[None], 5)
+
+
+def test_saddles_of_the_testbed() -> None:
+    problem = Problem(*testbeds.saddle(3, 2))
+    assert float(problem.value()) == 0.0
+    assert torch.equal(dense(problem), torch.diag(torch.tensor([1.0, 1, 1, -1, -1], dtype=torch.float64)))
+    assert float(problem.at(torch.tensor([2.0, 0, 0, 1, 0])).value()) == 1.5
+    for numbers in ((-1, 3), (0, 0)):
+        with pytest.raises(ValueError, match="allowed are numbers >= 0, not both 0"):
+            testbeds.saddle(*numbers)
 
 
 def test_a_step_of_ones_own_is_taken() -> None:

@@ -188,7 +188,7 @@ class ProjectedCurvature(Metric):
         basis = pairs.vectors.flip(1).double()  # minus, plus
         if self.method == "losses":
             losses, centre, step = self._losses(problem, record)
-            longer = Step(step.size * math.sqrt(problem.size), step.noise, step.scale / problem.size)
+            longer = Step(step.size * math.sqrt(problem.size), step.noise, float(np.abs(values).max()))
             with losses.problem.session():
                 found = projected_hessian(losses, centre, basis, longer)
             form, error = found.form, found.error
