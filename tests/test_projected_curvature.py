@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import landscape
 from landscape import Problem, Refused, testbeds
-from landscape.estimators import planes
 from landscape.metrics import ProjectedCurvature, Trace
 
 # DEFINITIONS §8, check 1: eigenvalues +1 and -1, how often; expected κ₋ and κ₊; probability of a saddle.
@@ -38,7 +37,7 @@ def found(metric: ProjectedCurvature, problem: Problem, **options: Any) -> Any:
 # --- the four saddles -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "count"), [("losses", 400), ("products", 2000)])
+@pytest.mark.parametrize(("method", "count"), [("losses", 200), ("products", 1500)])
 @pytest.mark.parametrize(("positive", "negative", "minus", "plus", "probability"), SADDLES)
 def test_random_planes_through_saddles(
     positive: int, negative: int, minus: float, plus: float, probability: float, method: Any, count: int
@@ -75,88 +74,12 @@ def test_the_shares_of_saddles_that_are_known_exactly() -> None:
     """Two dimensions: the signature itself. diag(1, 1, -1): the normal u of a plane has |u₃| < 1/√2."""
     for signs, probability in [((1, 1), 1.0), ((2, 0), 0.0), ((0, 2), 0.0), ((2, 1), math.sqrt(0.5))]:
         ds = found(
-            ProjectedCurvature(planes=1500, method="products"), Problem(*testbeds.saddle(*signs)), seed=1
+            ProjectedCurvature(planes=800, method="products"), Problem(*testbeds.saddle(*signs)), seed=1
         )
-        error = math.sqrt(probability * (1 - probability) / 1500)
+        error = math.sqrt(probability * (1 - probability) / 800)
         assert float(ds["saddle_fraction"]) == pytest.approx(probability, abs=SIGMAS * error)
         assert bool(ds["dominated"])
         assert "few eigenvalues dominate" in ds.attrs["warning"]
-
-
-# --- what planes say of a matrix --------------------------------------------------------------------------
-
-SPECTRA = {
-    "half up, half down": np.repeat([1.0, -1.0], 60),
-    "i^-2": np.arange(1, 121.0) ** -2,
-    "0.9^i": 0.9 ** np.arange(120),
-    "5, 2, -1": np.array([5.0, 2.0, -1.0]),
-    "one above a bulk": np.array([19.0, *np.ones(119)]),
-}
-
-
-def forms(spectrum: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """[[A, B], [B, C]] of random planes through a matrix with these eigenvalues, (count, 2, 2)."""
-    P = rng.standard_normal((count, len(spectrum), 2))
-    return np.einsum("kni,n,knj->kij", P, spectrum, P)
-
-
-@pytest.mark.parametrize("spectrum", SPECTRA)
-def test_intervals_of_trace_and_norm_cover_them(spectrum: str) -> None:
-    """600 seeds of 32 planes; a true 95 % covers less than 92 % of them once in 1000 (binomial)."""
-    values, rng = SPECTRA[spectrum], np.random.default_rng(5)
-    runs = [planes.estimate(forms(values, 32, rng), len(values)) for _ in range(600)]
-    trace, norm = values.sum(), math.sqrt((values**2).sum())
-    off = np.array([(r.trace - trace) / r.trace_stderr for r in runs])
-    assert 0.92 <= np.mean(np.abs(off) <= 1.96) <= 0.985
-    mean_error = np.std([r.trace for r in runs]) / math.sqrt(600)
-    assert np.mean([r.trace for r in runs]) == pytest.approx(trace, abs=SIGMAS * mean_error)
-    square = np.array([r.frobenius_norm**2 for r in runs])
-    assert square.mean() == pytest.approx(norm**2, abs=SIGMAS * square.std() / math.sqrt(600))
-
-
-@pytest.mark.parametrize("spectrum", SPECTRA)
-def test_participation_is_that_of_the_spectrum(spectrum: str) -> None:
-    values = SPECTRA[spectrum]
-    true = (values**2).sum() ** 2 / (values**4).sum()
-    estimate = planes.estimate(forms(values, 40_000, np.random.default_rng(6)), len(values))
-    # 4 / participation scatters by √(Var)/√k: 2/√k for the Gaussian limit, up to 30/√k for one eigenvalue
-    assert 4 / estimate.participation == pytest.approx(4 / true, abs=0.6 if true < 2 else 0.15)
-
-
-def test_few_eigenvalues_are_told_from_many() -> None:
-    rng = np.random.default_rng(8)
-    shares = {}
-    for name in ("half up, half down", "i^-2"):
-        runs = [planes.estimate(forms(SPECTRA[name], 64, rng), 120) for _ in range(400)]
-        shares[name] = np.mean([r.participation < 8 for r in runs])
-    # 2.5 and 98 % were measured; 400 seeds move that by less than 5 % at 4.5 standard errors
-    assert shares["half up, half down"] < 0.08
-    assert shares["i^-2"] > 0.9
-
-
-def test_the_limit_is_the_probability_for_gaussian_planes() -> None:
-    """m ~ N(t, F²), r² = F²(x² + y²): 200 000 draws, standard error at most 0.0012."""
-    rng = np.random.default_rng(7)
-    m, x, y = rng.standard_normal((3, 200_000))
-    for t, norm in [(0, 1), (1.3, 1), (40, math.sqrt(1000)), (5e-9, 2e-9)]:
-        share = np.mean(np.hypot(x, y) * norm > np.abs(t + norm * m))
-        assert planes.saddle_probability(t, norm) == pytest.approx(share, abs=SIGMAS * 0.0012)
-    assert planes.saddle_probability(0.0, 0.0) == 0.0
-
-
-def test_the_error_of_the_limit_follows_from_those_of_trace_and_norm() -> None:
-    values, rng = np.repeat([1.0, -1.0], [540, 460]), np.random.default_rng(9)
-    runs = [planes.estimate(forms(values, 64, rng), 1000) for _ in range(150)]
-    scatter = np.std([r.saddle_limit for r in runs])
-    assert np.median([r.saddle_limit_stderr for r in runs]) == pytest.approx(scatter, rel=0.3)
-
-
-def test_share_intervals_cover() -> None:
-    for share in (0.0, 0.02, 0.5, 0.98, 1.0):
-        counts = np.random.default_rng(3).binomial(30, share, 2000)
-        ends = np.array([planes.share_interval(int(c), int(c), 30) for c in counts])
-        assert np.mean((ends[:, 0] <= share) & (share <= ends[:, 1])) >= 0.935  # 95 % less 3 standard errors
-    assert planes.share_interval(0, 5, 5) == (0.0, 1.0)
 
 
 # --- networks ---------------------------------------------------------------------------------------------
@@ -177,27 +100,28 @@ def dense(problem: Problem) -> Tensor:
     return wide.hvp(torch.eye(problem.size, dtype=torch.float64))
 
 
-def test_trace_from_losses_is_unbiased_and_calibrated() -> None:
-    """100 seeds: with a true 95 %, fewer than 87 of 100 intervals cover once in 1000."""
+@pytest.mark.parametrize(("seeds", "least"), [(60, 51), pytest.param(400, 363, marks=pytest.mark.slow)])
+def test_trace_from_losses_is_unbiased_and_calibrated(seeds: int, least: int) -> None:
+    """With a true 95 %, fewer than 51 of 60, or 363 of 400, intervals cover less than once in 1000."""
     torch.manual_seed(5)
     x = torch.randn(9, 3, dtype=torch.float64)
     model = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 3)).double()
     problem, runs = Problem(model, nn.CrossEntropyLoss(), [(x, torch.arange(9) % 3)]), []
     true = float(dense(problem).trace())
     with problem.session():
-        for seed in range(100):
+        for seed in range(seeds):
             record = landscape.evaluate(ProjectedCurvature(planes=8), problem, seed=seed)
             runs.append((float(record["trace"]), float(record["trace_stderr"])))
     values, errors = np.array(runs).T
-    assert values.mean() == pytest.approx(true, abs=SIGMAS * values.std() / 10)
-    assert np.mean(np.abs(values - true) <= 1.96 * errors) >= 0.87
+    assert values.mean() == pytest.approx(true, abs=SIGMAS * values.std() / math.sqrt(seeds))
+    assert np.sum(np.abs(values - true) <= 1.96 * errors) >= least
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_curvatures_agree_with_products_within_their_stated_error(case: Case) -> None:
     problem = Problem(**case.arguments())
     by_losses, by_products = (
-        found(ProjectedCurvature(planes=3, method=m), problem) for m in ("losses", "products")
+        found(ProjectedCurvature(planes=2, method=m), problem) for m in ("losses", "products")
     )
     off = np.abs(by_losses["kappa"] - by_products["kappa"]).max("which")
     allowed = 2 * by_losses["kappa_error"] + 2 * by_products["kappa_error"]
@@ -211,7 +135,7 @@ def test_curvatures_agree_with_products_within_their_stated_error(case: Case) ->
 def test_the_mean_over_planes_is_the_dense_trace(dtype: torch.dtype) -> None:
     problem = network(nn.GELU, dtype)
     eigenvalues = torch.linalg.eigvalsh(dense(problem))
-    ds = found(ProjectedCurvature(planes=200, hessian_plane=True), problem)
+    ds = found(ProjectedCurvature(planes=100, hessian_plane=True), problem)
     assert abs(float(ds["trace"]) - float(eigenvalues.sum())) <= SIGMAS * float(ds["trace_stderr"])
     norm = float(eigenvalues.norm())
     assert abs(float(ds["frobenius_norm"]) - norm) <= SIGMAS * float(ds["frobenius_norm_stderr"])
@@ -433,11 +357,6 @@ def test_bad_settings_are_refused(fields: dict[str, Any], words: str) -> None:
 def test_a_single_parameter_has_no_plane() -> None:
     with pytest.raises(Refused, match="a plane needs two parameters, but 1 is measured"):
         found(ProjectedCurvature(), function(lambda w: w @ w, torch.ones(1, dtype=torch.float64)))
-
-
-def test_two_planes_are_needed_for_an_error() -> None:
-    with pytest.raises(ValueError, match="got 1 planes"):
-        planes.estimate(np.eye(2)[None], 5)
 
 
 def test_saddles_of_the_testbed() -> None:
