@@ -57,12 +57,7 @@ class ProjectedCurvature(Metric):
     headline: ClassVar[str] = "trace"
     unit: ClassVar[str] = "plane"
     citation: ClassVar[str] = "Böttcher & Wheeler 2022, arXiv:2208.13219"
-    told: ClassVar[tuple[str, ...]] = (
-        "saddle_fraction",
-        "saddle_fraction_low",
-        "saddle_fraction_high",
-        "participation",
-    )
+    told: ClassVar[tuple[str, ...]] = ("saddle_fraction", "saddle_fraction_low", "saddle_fraction_high")
 
     planes: int = setting(64, "random planes", grows=True)
     step: float | None = setting(
