@@ -298,8 +298,9 @@ def _warning(settled: bool, relative: float, few: bool, participation: float) ->
     found = []
     if not settled:
         found.append(
-            "second differences do not settle as the step shrinks (kinks, as of ReLU): what is measured is the "
-            "loss smoothed over the step; precision='float64' or method='products' sees the smooth pieces"
+            "second differences do not settle as the step shrinks (kinks, as of ReLU, or losses too round for a "
+            "smaller step), so curvatures are partly those of the loss smoothed over the step; "
+            "precision='float64' helps, method='products' sees the smooth pieces"
         )
     elif relative > _ALLOWED_ERROR:
         found.append(
