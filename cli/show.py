@@ -25,6 +25,7 @@ _LINES: tuple[tuple[Any, ...], ...] = (
     ),
     ("data", ("data", "{}"), ("examples", "{} examples"), ("data_fingerprint", "fingerprint {:.8}")),
     ("way", ("way", "{}"), ("reason", "{}")),
+    ("warning", ("warning", "{}")),
     ("seed", ("seed", "{}")),
     (
         "computed on",
@@ -38,6 +39,7 @@ _LINES: tuple[tuple[Any, ...], ...] = (
         ("matvecs", "{:.0f} products"),
         ("backward_passes", "{:.0f} backward passes"),
         ("gradients", "{:.0f} gradients"),
+        ("values", "{:.0f} losses"),
         ("wall_seconds", "{:.1f} s"),
     ),
     ("versions", ("landscape_version", "landscape {}"), ("torch_version", "torch {}"), ("time", "{}")),

@@ -7,22 +7,30 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import landscape
+from landscape import testbeds
+
 FIGURES = Path(__file__).parent.parent / "figures"
 
 
-@pytest.fixture
-def smith_le(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("smith_le_evidence", FIGURES / "smith_le_evidence.py")
+def recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FIGURES / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def smith_le(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return recipe("smith_le_evidence", monkeypatch)
 
 
 def test_softmax_regression_ends_at_the_minimum_of_the_cost_that_autograd_differentiates(
@@ -44,3 +52,18 @@ def test_softmax_regression_ends_at_the_minimum_of_the_cost_that_autograd_differ
     torch.testing.assert_close(matrix, torch.autograd.functional.hessian(cost, weights).reshape(640, 640))
     least = smith_le.minimum(torch.zeros(shape, dtype=torch.float64), inputs, targets, 0.3)
     assert float(torch.autograd.functional.jacobian(cost, least).norm()) < 1e-6
+
+
+def test_surfaces_of_saddles_are_those_of_the_formula(monkeypatch: pytest.MonkeyPatch):
+    saddles = recipe("boettcher_saddle", monkeypatch)
+    monkeypatch.setattr(saddles, "POINTS", 5)
+    problem = landscape.Problem(*testbeds.saddle(2, 1))
+    plane = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    x, y = np.meshgrid(saddles.places(), saddles.places())
+    np.testing.assert_allclose(saddles.surface(problem, plane), (x**2 - y**2) / 2, rtol=0, atol=1e-15)
+    network = recipe("boettcher_network", monkeypatch)
+    monkeypatch.setattr(network, "POINTS", 3)
+    found = network.surface(problem, plane, (2.0, 1.0))
+    np.testing.assert_allclose(
+        found, [[1.5, -0.5, 1.5], [2.0, 0.0, 2.0], [1.5, -0.5, 1.5]], rtol=0, atol=1e-15
+    )

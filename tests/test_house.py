@@ -29,7 +29,7 @@ FLOORS = [
     {"ggn_passes", "ggn_trace", "structure", "inputs"},
     {"memory", "operators"},
     {"residual"},
-    {"second_differences"},
+    {"second_differences", "loss_differences"},
     {"estimators.calibration", "estimators.probes"},
     {"estimators.krylov"},
     {
@@ -39,7 +39,7 @@ FLOORS = [
         "estimators.power",
         "estimators.xtrace",
     },
-    {"estimators.lanczos", "estimators.quadrature", "estimators.deflation"},
+    {"estimators.lanczos", "estimators.planes", "estimators.quadrature", "estimators.deflation"},
     {"estimators.smoothing", "estimators.outliers"},
     {"estimators.density"},
     {"estimators.logdet"},
