@@ -78,13 +78,13 @@ def from_diagonal(diagonal: Tensor, damping: float) -> Preconditioner:
 
 
 def from_eigenpairs(values: np.ndarray, vectors: Tensor, rest: float, damping: float) -> Preconditioner:
-    """Take P ∝ λ^(-1/2) along eigenvectors, and the same for the mean curvature across.
+    """Take P ∝ (λ + damping · mean λ)^(-1/2) along eigenvectors, and the same for the mean curvature across.
 
     Args:
         values: λ, (k,).
         vectors: orthonormal columns, (n, k).
         rest: mean curvature across all of them; NaN where they span everything.
-        damping: curvatures below this share of the largest are raised to it.
+        damping: > 0; what is negative counts as 0.
 
     Raises:
         Refused: if no eigenvalue is positive.
@@ -96,8 +96,10 @@ def from_eigenpairs(values: np.ndarray, vectors: Tensor, rest: float, damping: f
             "Take preconditioner='none', or curvature='ggn'"
         )
     size, count = vectors.shape
-    logs = -0.5 * np.log(np.maximum(values, damping * top))
-    across = 0.0 if size == count else -0.5 * math.log(max(rest, damping * top))
+    values, rest = np.maximum(values, 0.0), 0.0 if size == count else max(rest, 0.0)
+    added = damping * (float(values.sum()) + (size - count) * rest) / size
+    logs = -0.5 * np.log(values + added)
+    across = 0.0 if size == count else -0.5 * math.log(rest + added)
     factors = torch.from_numpy(logs - across)
     # det P = 1: the sum of all n logarithms is 0
     level = -float(factors.sum()) / size

@@ -124,6 +124,9 @@ def _crossing(
         if radius < _LEAST * start:
             return 0.0, NEVER_INSIDE, 0.0
     lower = radius
+    # Known from a smaller level; the scan would step over it where it is a pocket without numbers.
+    known = [r for r, value in ray.seen.items() if r > lower and not _contains(value, level)]
+    outside = min([outside, *known])
     for following in _scan(lower, limit, step):
         if following >= outside or not _contains(ray(following), level):
             outside = min(following, outside)

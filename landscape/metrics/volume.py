@@ -70,7 +70,7 @@ class Volume(Metric):
     )
     curvature: Literal["ggn", "hessian"] = setting("ggn", "for eigenvectors, of which matrix")
     top: int = setting(10, "for eigenvectors, how many of the largest")
-    damping: float = setting(1e-3, "curvatures below this share of the mean (diagonal) or largest are raised")
+    damping: float = setting(0.1, "added to the preconditioner's curvatures, in units of their mean")
     truncation: float = setting(100.0, "radius at which a ray counts as unbounded, in units of 1 + ‖θ‖")
     tolerance: float = setting(1e-3, "error that the radii may add to the logarithm, in nats")
     scan: float = setting(STEP, "factor between the radii at which a ray is looked at")
