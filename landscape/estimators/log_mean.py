@@ -18,9 +18,9 @@ LEAST_SAMPLES: Final = 64
 HEAVIEST_TAIL: Final = 0.3
 """The largest tail exponent, one standard error of it included, at which an error is stated.
 
-At 0.5 the numbers have no variance. Near 0.3 the stated interval covers the truth in 87 to 95 % of those samples
-that pass, below 0.2 in 93 % and more (quadratic losses of 4 to 256 dimensions with one flatter direction, the
-family in which a sample tells least).
+At 0.5 the numbers have no variance. Where an error is stated it covers the truth in 97 % of all and in at least 90 %
+of the samples of each family tried: quadratic losses of 4 to 256 dimensions with one steeper, one flatter, or
+geometrically spread directions, up to 100 apart, with 64 to 256 rays.
 """
 _TAIL_SHARE = 5  # one in so many samples is in the tail, but at most 3 √S
 _INFLATION = 2.0  # of the error per unit of tail exponent; calibrated on the same family
@@ -48,8 +48,8 @@ class LogMean:
 def log_mean(logs: np.ndarray) -> LogMean:
     """Estimate the logarithm of a mean from the logarithms of a sample.
 
-    The error is the larger of two: that of the sample's own variance, and that of a log-normal law with the
-    variance of the logarithms, whose estimate does not hang on the largest number. Where a heavy tail shows (Hill's
+    The error is the larger of two: that of the sample's own variance, and that of a log-normal law as wide as the
+    upper half of the logarithms, which does not hang on the largest number. Where a heavy tail shows (Hill's
     estimate of its exponent k), it is larger by the factor 1 + 2k.
 
     Args:
@@ -87,9 +87,10 @@ def log_mean(logs: np.ndarray) -> LogMean:
 def _error(logs: np.ndarray, weights: np.ndarray, tail: float) -> float:
     """The standard error of the log, `weights` of mean 1; carries the t factor of its sample."""
     count = len(logs)
-    positive = logs[np.isfinite(logs)]
     own = float(weights.var(ddof=1))
-    smooth = math.expm1(min(float(positive.var(ddof=1)), 100.0))
+    # of the upper half: far below the others a sample adds nothing to the sum
+    upper = np.sort(logs)[count // 2 :]
+    smooth = math.expm1(min(float(np.square(upper - upper[0]).mean()), 100.0))
     factor = float(student.ppf(0.975, count - 1)) / 1.96
     return math.sqrt(max(own, smooth) / count) * factor * (1 + _INFLATION * tail)
 
