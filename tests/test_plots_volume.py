@@ -98,11 +98,12 @@ def test_hollow_markers_have_no_error():
 
 
 def test_bins_hold_every_radius():
-    for radii in (np.array([2.0]), np.array([1.0, 1.0, 1.0]), np.geomspace(1e-3, 1e3, 50)):
-        edges = volume.bins(radii, 64)
-        counted, _ = np.histogram(radii, edges)
-        assert counted.sum() == len(radii)
-        assert len(edges) <= 61
+    lists = [[2.0]], [[1.0, 1.0, 1.0]], [np.geomspace(1e-3, 1e3, 50)], [[1.0, 1.2], [0.1, 0.11, 0.12], [50.0]]
+    for histograms in lists:
+        edges = volume.bins([np.array(radii) for radii in histograms])
+        assert 8 <= len(edges) - 1 <= 60
+        for radii in histograms:
+            assert np.histogram(radii, edges)[0].sum() == len(radii)
 
 
 def test_rays_of_radius_0_leave_an_empty_histogram():

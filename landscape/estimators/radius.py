@@ -25,8 +25,8 @@ NEVER_INSIDE: Final = 3
 STEP: Final = 1.5
 # Smaller than any radius of use: at that distance from the start every displacement is lost in rounding.
 _LEAST = 1e-40
-# Logarithms of radii closer than this are the same number.
-_FINEST = 4 * np.finfo(float).eps
+# Closer logarithms of radii are lost in their own rounding.
+_FINEST = 1e-13
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from landscape.results import Record, Variable
 
 # Of the truncation radius: where the pilot ray, from which the others start, is evaluated first.
 _PILOT_START = 1e-4
+_PILOT_MEMORY = 1 << 28  # bytes for predictions at θ
 # The others start this many steps of the scan before the pilot's radius: rays differ little in high dimensions.
 _BEFORE = 2
 
@@ -114,7 +115,7 @@ class Volume(Metric):
         stream = seeds.generator(seed, "volume/pilot", 0)
         direction, _, _ = _ray(stream, bend, theta)
         pilot = self._radii(
-            problem, self._rise(problem, base, MEMORY), direction, _PILOT_START * limit, limit
+            problem, self._rise(problem, base, _PILOT_MEMORY), direction, _PILOT_START * limit, limit
         )
         found = float(pilot.radii.min())
         start = found * self.scan**-_BEFORE if 0 < found < limit else _PILOT_START * limit

@@ -23,7 +23,7 @@ _MOST_LEVELS = 5  # of which a histogram is drawn
 _MARKER = 4.5  # points
 _SETS = {"loss": "the set L < L(θ) + ε", "kl": "the set KL < ε"}
 _RAYS_PER_BIN = 6
-_MOST_BINS = 30
+_MOST_BINS = 60
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def draw_radii(axes: Axes, pictures: Sequence[VolumePicture]) -> None:
     if not len(every):
         axes.text(0.5, 0.5, "no radius above 0", transform=axes.transAxes, ha="center", fontsize=SMALL)
         return
-    edges = bins(every, max(len(picture.radii) for picture in pictures))
+    edges = bins([radii for *_, radii in drawn])
     for index, label, radii in drawn:
         look = style.look(index)
         axes.hist(
@@ -158,18 +158,21 @@ def draw_radii(axes: Axes, pictures: Sequence[VolumePicture]) -> None:
     style.dress(axes)
 
 
-def bins(radii: np.ndarray, rays: int) -> np.ndarray:
-    """Return edges of bins that are evenly spaced in the logarithm, as many as the rays support.
+def bins(histograms: Sequence[np.ndarray]) -> np.ndarray:
+    """Return edges of bins that are evenly spaced in the logarithm, as many as the narrowest histogram wants.
 
     Args:
-        radii: positive.
-        rays: number of rays in one histogram.
+        histograms: positive radii of each.
     """
-    low, high = float(radii.min()), float(radii.max())
+    every = np.concatenate(list(histograms))
+    low, high = float(every.min()), float(every.max())
     if high / low < 1.05:  # one radius, or nearly: a bin needs a width
         low, high = low / 1.05, high * 1.05
-    decades = max(1.0, np.log10(high / low))
-    count = min(_MOST_BINS, max(8, int(decades * rays / _RAYS_PER_BIN)))
+    spreads = [np.log(radii.max() / radii.min()) for radii in histograms if len(radii)]
+    narrowest = max(min(spreads), np.log(high / low) / _MOST_BINS)
+    rays = max(len(radii) for radii in histograms)
+    each = min(max(rays // _RAYS_PER_BIN, 4), 12)
+    count = min(_MOST_BINS, max(8, round(each * float(np.log(high / low)) / narrowest)))
     edges = np.geomspace(low, high, count + 1)
     edges[[0, -1]] = low * (1 - 1e-9), high * (1 + 1e-9)
     return edges
