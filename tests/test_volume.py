@@ -169,6 +169,39 @@ def test_the_mass_of_a_ball_is_a_noncentral_chi_squared_probability() -> None:
     assert float(ds["mass_effective_samples"][0]) < 400
 
 
+@pytest.mark.parametrize("way", [{}, {"preconditioner": "ggn_diagonal"}, {"preconditioner": "eigenvectors", "top": 2}],
+                         ids=str)  # fmt: skip
+def test_volume_and_mass_of_a_convex_set_by_hit_or_miss(way: dict[str, Any]) -> None:
+    """Logistic regression: points drawn from the prior and from a box, 4 standard errors of the two shares."""
+    draws = torch.Generator().manual_seed(5)
+    x = torch.randn(60, 3, generator=draws, dtype=torch.float64) * torch.tensor([1.0, 0.7, 1.5])
+    y = (torch.rand(60, 1, generator=draws) < torch.sigmoid(x.sum(1, keepdim=True))).double()
+    model = nn.Linear(3, 1, bias=False).double()
+    theta = torch.tensor([0.9, 0.8, 1.2], dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(theta[None])
+    ds = landscape.measure(
+        Volume(epsilon=(0.05,), rays=500, prior=1.1, **way), Problem(model, nn.BCEWithLogitsLoss(), [(x, y)])
+    )
+
+    def inside(points: Tensor) -> np.ndarray:
+        logits = x @ points.T
+        losses = F.binary_cross_entropy_with_logits(logits, y.expand_as(logits), reduction="none").mean(0)
+        here = F.binary_cross_entropy_with_logits(x @ theta[:, None], y)
+        return (losses < here + 0.05).numpy()
+
+    normal = torch.randn(100_000, 3, generator=draws, dtype=torch.float64)
+    side = 2 * float(ds["radius"].max()) * 1.5
+    box = theta + side * (torch.rand(100_000, 3, generator=draws, dtype=torch.float64) - 0.5)
+    for name, points, scale in (("mass", 1.1 * normal, 0.0), ("volume", box, 3 * math.log(side))):
+        share = inside(points).mean()
+        effective = float(ds["mass_effective_samples" if name == "mass" else "effective_samples"][0])
+        error = math.hypot(math.sqrt((1 - share) / share / 1e5), math.sqrt(1 / effective - 1 / 500))
+        assert error < 0.2
+        assert np.isnan(ds[f"log_{name}_stderr"][0]) or float(ds[f"log_{name}_stderr"][0]) < 0.5
+        assert abs(float(ds[f"log_{name}"][0]) - math.log(share) - scale) <= 4 * error
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_twenty_thousand_dimensions(dtype: torch.dtype) -> None:
     size = 20_000

@@ -120,17 +120,16 @@ class Volume(Metric):
         found = float(pilot.radii.min())
         start = found * self.scan**-_BEFORE if 0 < found < limit else _PILOT_START * limit
         words = "radius at which rays are truncated, in units of the parameters"
-        # of second order, a relative error e of the radius is 2 e ε of the cost
-        precision = torch.finfo(problem.dtype).eps * (abs(base) + max(self.epsilon)) / (2 * min(self.epsilon))
+        levels = np.array(self.epsilon, float)
+        # A relative error e of the radius is e ε of a cost that rises linearly, 2 e ε of one that rises as a square.
+        rounding = problem.size * torch.finfo(problem.dtype).eps * (abs(base) + levels) / levels
         return Record(
             {
-                "epsilon": Variable(("epsilon",), np.array(self.epsilon, float), "1", "rise of the cost"),
+                "epsilon": Variable(("epsilon",), levels, "1", "rise of the cost"),
                 "truncation_radius": Variable((), np.asarray(limit), "1", words),
                 "cost_at_theta": Variable((), np.asarray(base), "1", "cost at θ"),
                 "theta_norm": Variable((), np.asarray(distance), "1", "‖θ‖"),
-                "rounding": Variable(
-                    (), np.asarray(problem.size * precision), "1", "nats that rounding of the cost may add"
-                ),
+                "rounding": _per_level(rounding, "nats that rounding of the cost may add"),
                 **_stored(bend),
             },
             {"order": problem.size, "start_radius": start, "radius_rtol": self.tolerance / problem.size},
@@ -185,7 +184,7 @@ class Volume(Metric):
             logs = dimension * np.log(radii) + weights[:, None] + log_ball_volume(dimension)
         lowest = float(np.min(record["lowest"][done], initial=np.inf))
         values = {
-            **self._estimates("volume", logs, float(record["rounding"]), ""),
+            **self._estimates("volume", logs, record["rounding"], ""),
             "unbounded_fraction": _per_level(
                 (status == UNBOUNDED).mean(axis=0), "share of the rays that do not leave the set"
             ),
@@ -201,7 +200,7 @@ class Volume(Metric):
             along, distance = record["along"][done], float(record["theta_norm"])
             masses = [log_gaussian_mass(r, along, distance, self.prior, dimension) for r in radii.T]
             cones = np.stack(masses, axis=1) + weights[:, None]
-            values.update(self._estimates("mass", cones, float(record["rounding"]), "mass_"))
+            values.update(self._estimates("mass", cones, record["rounding"], "mass_"))
         return values
 
     def outlook(self, problem: Problem) -> tuple[int, int]:  # noqa: ARG002
@@ -209,10 +208,9 @@ class Volume(Metric):
         each = 4 + 2 * len(self.epsilon)
         return self.rays * each, self.rays * 10 * each
 
-    def _estimates(self, quantity: str, logs: np.ndarray, rounding: float, prefix: str) -> Values:
+    def _estimates(self, quantity: str, logs: np.ndarray, rounding: np.ndarray, prefix: str) -> Values:
         found: list[LogMean] = [log_mean(column) for column in logs.T]
-        systematic = math.hypot(self.tolerance, rounding)
-        errors = [math.hypot(f.stderr, systematic) for f in found]
+        errors = [math.hypot(f.stderr, self.tolerance, r) for f, r in zip(found, rounding, strict=True)]
         what = "star-shaped volume" if quantity == "volume" else "prior's mass of the set"
         return {
             f"log_{quantity}": _per_level([f.value for f in found], f"natural logarithm of the {what}"),
