@@ -26,7 +26,7 @@ LEVELS = (0.01, 0.1, 1.0)
 EXACT = {"preconditioner": "eigenvectors", "top": 1000, "damping": 1e-14}
 
 
-def quadratic(A: Tensor, theta: Tensor | None = None, cut: int = 7) -> Problem:
+def quadratic(A: Tensor, theta: Tensor | None = None, cut: int = 40) -> Problem:
     """Linear least squares with Hessian A and minimum θ, which is where it stands; also G = A."""
     size = len(A)
     theta = torch.zeros(size, dtype=torch.float64) if theta is None else theta
@@ -102,14 +102,14 @@ def test_the_gauss_newton_diagonal_is_the_right_one_for_axes() -> None:
     values = np.geomspace(0.1, 30, 15)
     ds = landscape.measure(
         Volume(epsilon=(0.3,), rays=64, preconditioner="ggn_diagonal", damping=1e-12),
-        quadratic(torch.diag(torch.tensor(values))),
+        quadratic(torch.diag(torch.tensor(values)), cut=15),  # each batch sees each axis once
     )
     assert float(ds["log_volume"][0]) == pytest.approx(ellipsoid(values, 0.3), abs=1e-7)
     assert float(ds["effective_samples"][0]) == pytest.approx(64)
 
 
 def test_any_preconditioner_is_unbiased() -> None:
-    """The mean of the estimated volumes over 40 seeds is the volume, within 4 standard errors of that mean."""
+    """The mean of the estimated volumes over 30 seeds is the volume, within 4 standard errors of that mean."""
     values = np.array([0.5, 1.0, 2.0, 4.0])
     problem, truth = quadratic(rotated(list(values))), ellipsoid(values, 0.1)
     ways: list[dict[str, Any]] = [
@@ -120,9 +120,9 @@ def test_any_preconditioner_is_unbiased() -> None:
             math.exp(
                 float(landscape.evaluate(Volume(rays=16, **way), problem, seed=s)["log_volume"][0]) - truth
             )
-            for s in range(40)
+            for s in range(30)
         ]
-        assert abs(np.mean(shares) - 1) <= 4 * np.std(shares) / math.sqrt(40), way
+        assert abs(np.mean(shares) - 1) <= 4 * np.std(shares) / math.sqrt(30), way
 
 
 def test_without_preconditioner_most_estimates_are_too_low_and_say_that_they_have_no_error() -> None:
@@ -160,7 +160,7 @@ def test_the_mass_of_a_ball_is_a_noncentral_chi_squared_probability() -> None:
         theta = torch.full((8,), distance / math.sqrt(8), dtype=torch.float64)
         ds = landscape.measure(
             Volume(epsilon=(1.1**2 / 2,), rays=400, prior=0.7),
-            quadratic(torch.eye(8, dtype=torch.float64), theta, cut=8),
+            quadratic(torch.eye(8, dtype=torch.float64), theta, cut=7),
         )
         truth = math.log(ncx2.cdf((1.1 / 0.7) ** 2, 8, (distance / 0.7) ** 2 + 1e-300))
         assert abs(float(ds["log_mass"][0]) - truth) <= 4 * float(ds["log_mass_stderr"][0])
