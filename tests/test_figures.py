@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,11 @@ import landscape
 from landscape import testbeds
 
 FIGURES = Path(__file__).parent.parent / "figures"
+
+
+@pytest.fixture
+def dinh(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return recipe("dinh_volume", monkeypatch)
 
 
 def recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -67,3 +73,33 @@ def test_surfaces_of_saddles_are_those_of_the_formula(monkeypatch: pytest.Monkey
     np.testing.assert_allclose(
         found, [[1.5, -0.5, 1.5], [2.0, 0.0, 2.0], [1.5, -0.5, 1.5]], rtol=0, atol=1e-15
     )
+
+
+def test_along_the_orbit_the_function_stays_and_balls_are_disjoint(dinh: ModuleType):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.ReLU(), nn.Linear(2, 3, bias=False)).double()
+    inputs, targets = torch.randn(20, 3, dtype=torch.float64), torch.arange(20) % 3
+    largest = float(model[0].weight.detach().abs().max())
+    orbit = dinh.Orbit(model, inputs, targets, largest / 2)
+    problem, moved = orbit.at(1.0), orbit.at(1e3)
+    assert float(moved.value()) == pytest.approx(float(problem.value()), rel=1e-12)
+    assert moved.parameters_vector()[:6] == pytest.approx(1e3 * problem.parameters_vector()[:6])
+    # by how much the largest weight of the first layer can differ within the ball, and within its image
+    step = dinh.disjoint_step(orbit)
+    assert (largest - orbit.radius) * step > largest + orbit.radius
+
+
+def test_the_volume_carried_along_shifts_by_the_jacobian(dinh: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dinh, "RAYS", 64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.ReLU(), nn.Linear(3, 2, bias=False)).double()
+        inputs, targets = torch.randn(30, 4, dtype=torch.float64), torch.arange(30) % 2
+    orbit = dinh.Orbit(model, inputs, targets, 0.05)
+    points = [dinh.measured(orbit, alpha, ball=True) for alpha in (1.0, 7.0)]
+    expected = (12 - 6) * math.log(7.0)
+    error = 4 * math.hypot(points[0].stderr, points[1].stderr)
+    assert points[1].carried - points[0].carried == pytest.approx(expected, abs=error)
+    assert points[0].ball == pytest.approx(points[0].carried, abs=error)
+    assert points[1].change < 1e-13

@@ -26,11 +26,17 @@ FLOORS = [
     {"problem"},
     {"uses"},
     {"capture", "curvature_columns", "example_norms", "output_curvature", "per_example"},
-    {"ggn_passes", "ggn_trace", "structure", "inputs"},
+    {"ggn_passes", "ggn_trace", "ggn_diagonal", "structure", "inputs", "divergence"},
     {"memory", "operators"},
     {"residual"},
     {"second_differences", "loss_differences"},
-    {"estimators.calibration", "estimators.probes"},
+    {
+        "estimators.calibration",
+        "estimators.probes",
+        "estimators.radius",
+        "estimators.radial",
+        "estimators.log_mean",
+    },
     {"estimators.krylov"},
     {
         "estimators.eigen",
@@ -50,6 +56,7 @@ FLOORS = [
     {"traces.values"},
     {"traces.choice"},
     {"traces"},
+    {"preconditioners"},
     {"metrics.base"},
     {"metrics.registry"},
     {"metrics.*"},
@@ -61,7 +68,7 @@ FLOORS = [
 # Within a floor, from the bottom up.
 ORDER = {
     "products": 0, "evaluator": 0, "averages": 1, "product_checks": 2, "checks": 3, "convolution": 0, "kernels": 1,
-    "curvature_columns": 0, "output_curvature": 1, "ggn_passes": 0, "ggn_trace": 1,
+    "curvature_columns": 0, "output_curvature": 1, "ggn_passes": 0, "ggn_trace": 1, "ggn_diagonal": 1,
     "testbeds.nets": 0, "testbeds.digits": 1, "testbeds.train": 1, "testbeds.golden": 2, "testbeds": 3,
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}
