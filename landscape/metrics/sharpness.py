@@ -1,0 +1,337 @@
+"""Sharpness: how far the loss rises near θ, at worst or on average.
+
+The sets are {δ: ‖δ/c‖_p <= ε}. A searched maximum is a lower bound; what bounds it from above, or approximates it,
+stands beside it under its own name. The function on these sets and the searches are in `landscape.sharpness`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from landscape import seeds
+from landscape.checks import Need
+from landscape.errors import Refused
+from landscape.estimators.regions import Norm, Region
+from landscape.metrics.base import Journal, Round, SequentialMetric, State, Values, setting
+from landscape.problem import Problem
+from landscape.results import Record, Variable
+from landscape.sharpness import curvature, estimate, function, noise, scaling, settings
+from landscape.sharpness.function import Around
+from landscape.sharpness.search import FOUND, Climb, Ladder
+
+_FIRST_ROUND = 16  # draws; with fewer a standard error says little
+
+
+@dataclass(frozen=True)
+class Sharpness(SequentialMetric):
+    """How far the loss rises in a neighbourhood: Keskar's box, a ball, adaptive sets, or on average over noise.
+
+    `keskar`: 100 (max L − L(θ)) / (1 + L(θ)) over the box |δ_i| <= ε (|θ_i| + 1), or with subspace=p over
+    |y_i| <= ε (|(A⁺θ)_i| + 1), δ = A y, with a random n×p matrix A of the stated law, scale and seed. `ball`:
+    (max L − L(θ)) / (1 + L(θ)) over ‖δ‖₂ <= ε. `adaptive`: max L − L(θ) over ‖δ/c‖_p <= ε with c = |θ| or filter
+    lengths; with m the mean of the maxima of groups of m examples. `average`: E L(θ + ε c ⊙ ξ) − L(θ).
+
+    The maxima are searched from several starts, each going from the smallest ε to the largest: lower bounds.
+    Beside them: `first_order`, the rise of the linear model; for p = 2 `second_order`, ½ε² times the largest
+    eigenvalue of diag(c) H diag(c), an approximation and no bound; with normalized logits and cross-entropy
+    `upper_bound`, which is certain; `gap`, what the linear model at the point found could still gain;
+    `at_minimum`, whether the slope at θ explains at most a tenth of each rise.
+
+    Source: Keskar et al. 2017 (arXiv 1609.04836); Dinh et al. 2017 (arXiv 1703.04933); Kwon et al. 2021 (arXiv
+    2102.11600); Andriushchenko et al. 2023 (arXiv 2302.07011).
+    """
+
+    name: ClassVar[str] = "sharpness"
+    headline: ClassVar[str] = "sharpness"
+    unit: ClassVar[str] = "trial"
+    citation: ClassVar[str] = "Keskar et al. 2017, arXiv:1609.04836"
+    told: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm")
+
+    definition: Literal["keskar", "ball", "adaptive", "average"] = setting("keskar", "of what")
+    epsilon: tuple[float, ...] = setting((5e-4, 1e-3), "sizes of the neighbourhood")
+    subspace: int | None = setting(None, "keskar: dimensions of a random subspace")
+    law: Literal["gaussian", "rademacher", "orthonormal"] = setting(
+        "gaussian", "keskar: of the subspace's matrix A"
+    )
+    column_scale: float = setting(
+        1.0, "keskar: factor of A, whose columns have length √n, or 1 if orthonormal"
+    )
+    norm: Literal[2, "inf"] = setting(2, "adaptive: p of the set")
+    scaling: Literal["element", "filter", "none"] = setting(
+        "element", "adaptive, average: how far each may move"
+    )
+    m: int | None = setting(None, "adaptive: mean over maxima of groups of that many examples")
+    noise: Literal["gaussian", "uniform"] = setting(
+        "gaussian", "average: law of ξ, N(0, 1) or uniform on [-1, 1]"
+    )
+    logit_normalized: bool = setting(False, "of outputs with mean 0 and length 1 over the classes")
+    maximizer: Literal["ascent", "apgd", "lbfgsb"] = setting("ascent", "how maxima are searched")
+    steps: int = setting(20, "evaluations of each search after its first; iterations of lbfgsb")
+    restarts: int = setting(2, "searches of each set", grows=True)
+    samples: int = setting(256, "average: the most draws, each with both signs", grows=True)
+    rtol: float = setting(
+        0.05, "average: stop when the standard error is below rtol * |sharpness|", grows=True
+    )
+    second_order: bool = setting(True, "ball, adaptive with p = 2: also from the largest eigenvalue")
+    preset: Literal["none", "paper"] = setting(
+        "none", "paper: maximizer, steps, restarts and m of the authors"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        settings.require(self.configuration(), defaults)
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The settings, with those of the preset in their place."""
+        return settings.chosen(self.configuration())
+
+    @property
+    def region_norm(self) -> Norm:
+        """The p of the sets."""
+        return {"keskar": "inf", "ball": 2, "adaptive": self.norm, "average": 2}[self.definition]  # type: ignore[return-value]
+
+    @property
+    def ladder(self) -> tuple[float, ...]:
+        """The sizes, ascending."""
+        return tuple(sorted(float(size) for size in self.epsilon))
+
+    @property
+    def _with_curvature(self) -> bool:
+        searched = self.definition in {"ball", "adaptive"} and self.region_norm == 2
+        return searched and self.second_order and self.chosen["m"] is None
+
+    def needs(self) -> frozenset[Need]:
+        """Gradients; products for the second order; outputs where they are normalized."""
+        more = {Need.HESSIAN} if self._with_curvature else set()
+        return frozenset(
+            {Need.VALUE, Need.GRADIENT, *more, *({Need.OUTPUTS} if self.logit_normalized else ())}
+        )
+
+    def prepare(self, problem: Problem, seed: int) -> Record:
+        """Measure the loss and its slope at θ, and the largest curvature where p = 2."""
+        whole = self._problem(problem)
+        value, slope = whole.value_and_gradient()
+        loss = float(value)
+        if not math.isfinite(loss):
+            raise Refused(f"the loss at θ is {loss}; sharpness needs a finite one")
+        if self.definition in {"keskar", "ball"} and loss < 0:
+            raise Refused(
+                f"the loss at θ is {loss:.6g}, and definition {self.definition} divides by 1 + L, which supposes "
+                "L >= 0. Take definition='adaptive' with scaling='none', which gives the rise itself"
+            )
+        around, scale = self._set(whole, seed)
+        if around.A is not None:
+            slope = around.A.T @ slope
+        rises = [Region(e * scale, self.region_norm).rise(slope) for e in self.ladder]
+        m = self.chosen["m"]
+        variables = {
+            "epsilon": Variable(("epsilon",), np.array(self.ladder), "1", "size of the neighbourhood"),
+            "loss": Variable((), np.asarray(loss), "1", "L(θ)"),
+            "gradient_norm": Variable((), np.asarray(float(slope.double().norm())), "1", "‖∇L(θ)‖₂ on the subspace"
+                                      if around.A is not None else "‖∇L(θ)‖₂"),
+            "slope_rise": Variable(("epsilon",), np.array(rises), "1", "rise of the linear model"),
+        }  # fmt: skip
+        attrs = {
+            "trial_seed": seed, "definition": self.definition, "dimensions": len(scale),
+            "batches": 1 if m is None else function.group_count(problem, m),
+        }  # fmt: skip
+        if self.logit_normalized:
+            top = function.ceiling(whole)
+            variables["ceiling"] = Variable(
+                (), np.asarray(top), "1", "largest possible loss, NaN if not known"
+            )
+        if self._with_curvature:
+            variables |= self._curvature(whole, scale, slope, seed)
+        return Record(variables, attrs)
+
+    def _curvature(self, whole: Problem, scale: torch.Tensor, slope: torch.Tensor, seed: int) -> Values:
+        pair = curvature.largest(whole, scale, seed)
+        start = scale * pair.vectors[:, 0].to(scale)
+        start = start if float((start.double() * slope.double()).sum()) >= 0 else -start
+        words = "largest eigenvalue of diag(c) H diag(c)"
+        return {
+            "scaled_eigenvalue": Variable((), pair.values[0].cpu().numpy(), "1", words),
+            "scaled_eigenvalue_residual_norm": Variable(
+                (), pair.residual_norms[0].cpu().numpy(), "1", "its residual"
+            ),
+            "start": Variable(
+                ("parameter",), start.cpu().numpy(), "1", f"c times the {words[8:]}'s vector", sidecar=True
+            ),
+        }
+
+    def block_size(self, problem: Problem, memory: int) -> int:  # noqa: ARG002
+        """Draws are stored in blocks; a search stands alone."""
+        return self.block if self.definition == "average" else 1
+
+    def units(self, record: Record) -> Round | None:
+        """All restarts at once; draws in doubling rounds until the standard error is small enough."""
+        done = record.attrs["stop"]
+        if self.definition != "average":
+            wanted = self.chosen["restarts"] * record.attrs["batches"]
+            return Round(wanted) if wanted > done else None
+        fixed = [_FIRST_ROUND << i for i in range(self.samples.bit_length())]
+        if done >= self.samples or (done in fixed and self._precise(record)):
+            return None
+        return Round(min(self.samples, next(count for count in fixed if count > done)))
+
+    def start(
+        self,
+        problem: Problem,  # noqa: ARG002
+        shared: Record,  # noqa: ARG002
+        block: range,  # noqa: ARG002
+        generators: Sequence[torch.Generator],  # noqa: ARG002
+    ) -> Any:
+        """Return the state before the first evaluation."""
+        return _Trial(Climb())
+
+    def step(self, problem: Problem, shared: Record, block: range, state: _Trial) -> _Trial:
+        """Make one evaluation of a search, or one draw of noise."""
+        if state.work is None:
+            state.work = self._work(problem, shared, block.start)
+        seed, climb = shared.attrs["trial_seed"], state.climb
+        if self.definition != "average":
+            if state.base is None:
+                state.base = self._base(state.work, shared)
+            climb = state.work.ladder.step(climb, lambda rung: _stream(seed, block.start, rung))
+            return _Trial(climb, state.base, state.work)
+        stream = _stream(seed, block.start + climb.rung, 0)
+        ladder, around = state.work.ladder, state.work.around
+        loss = float(shared["loss"])
+        row = noise.rises(around, ladder.scale, self.ladder, self.noise, loss, stream)
+        return _Trial(Climb(climb.rung + 1, [*climb.found, [*row]]), None, state.work)
+
+    def result(self, problem: Problem, shared: Record, block: range, state: _Trial) -> Values | None:  # noqa: ARG002
+        """Return the block's values once all its sets are searched, or all its noise is drawn."""
+        average = self.definition == "average"
+        if state.climb.rung < (len(block) if average else len(self.ladder)):
+            return None
+        table = np.array(state.climb.found)
+        dims = ("trial", "epsilon")
+        if average:
+            return {"rises": Variable(dims, table, "1", "mean rise of one draw and its opposite")}
+        columns = dict(zip(FOUND, table.T[:, None, :], strict=True))
+        base, weight, slopes = state.base[0], state.base[1], state.base[2:]  # type: ignore[index]
+        return {
+            "rises": Variable(dims, columns["value"] - base, "1", "highest loss found, less that at θ"),
+            "gaps": Variable(dims, columns["gap"], "1", "what the linear model there could still gain"),
+            "trial_evaluations": Variable(dims, columns["evaluations"], "1", "evaluations"),
+            "trial_nonfinite": Variable(dims, columns["nonfinite"], "1", "evaluations that were not finite"),
+            "trial_slopes": Variable(
+                dims, slopes[None], "1", "rise of the linear model on the group's examples"
+            ),
+            "trial_weight": Variable(("trial",), np.array([weight]), "1", "weight of the group's examples"),
+        }
+
+    def stored(self, state: _Trial) -> State:
+        """Turn a trial into arrays."""
+        return state.climb.arrays() | ({} if state.base is None else {"base": state.base})
+
+    def restored(self, problem: Problem, arrays: State) -> _Trial:
+        """Bring a trial back; what it works with is made anew at the next step."""
+        return _Trial(Climb.from_arrays(arrays, problem.device), arrays.get("base"))
+
+    def run_block(
+        self,
+        problem: Problem,
+        shared: Record,
+        block: range,
+        generators: Sequence[torch.Generator],
+        journal: Journal,
+    ) -> Values:
+        """Measure a block from wherever it stands; no graphs of products are kept, for none are made."""
+        return self._run(problem, shared, block, generators, journal)
+
+    def summarize(self, record: Record) -> Values:
+        """Take the largest rise of all searches, or the mean of all draws."""
+        if self.definition == "average":
+            return estimate.average(record, self._precise(record))
+        return estimate.searched(record)
+
+    def outlook(self, problem: Problem) -> tuple[int, int]:  # noqa: ARG002
+        """Predict the passes over the data."""
+        sizes = len(self.ladder)
+        if self.definition == "average":
+            return 2 * sizes * min(_FIRST_ROUND, self.samples), 2 * sizes * self.samples
+        passes = sizes * (self.chosen["steps"] + 1) * self.chosen["restarts"]
+        return passes, passes + (100 if self._with_curvature else 0)
+
+    def _precise(self, record: Record) -> bool:
+        value, error = estimate.mean_and_error(record)
+        return bool(np.all(error <= self.rtol * np.abs(value)))
+
+    def _problem(self, problem: Problem) -> Problem:
+        return function.with_normalized_logits(problem) if self.logit_normalized else problem
+
+    def _set(self, problem: Problem, seed: int) -> tuple[Around, torch.Tensor]:
+        """The function of δ, and the scale c of its sets."""
+        if self.definition in {"adaptive", "average"}:
+            return Around.of(problem), scaling.parameter_scale(problem, self.scaling)
+        if self.definition == "ball":
+            return Around.of(problem), scaling.parameter_scale(problem, "none")
+        if self.subspace is None:
+            around = Around.of(problem)
+            return around, around.centre.abs() + 1
+        if self.subspace > problem.size:
+            raise Refused(
+                f"subspace is {self.subspace}, but there are {problem.size} parameters; ask for fewer"
+            )
+        A = scaling.subspace_matrix(problem.size, self.subspace, self.law, self.column_scale, seed)
+        around = Around.of(problem, A)
+        return around, (scaling.coordinates(A, around.centre).abs() + 1).to(around.centre)
+
+    def _work(self, problem: Problem, shared: Record, trial: int) -> _Work:
+        """What one trial works with: a function and its sets."""
+        chosen, batches = self.chosen, shared.attrs["batches"]
+        restart, part = divmod(trial, batches)
+        whole = self._problem(problem)
+        around, scale = self._set(whole, shared.attrs["trial_seed"])
+        if chosen["m"] is not None:
+            around = Around.of(function.group(whole, part, chosen["m"]))
+        start = None
+        if "start" in shared and restart < 2:  # along the eigenvector, to either side
+            start = torch.from_numpy(shared["start"]).to(scale) * (1 - 2 * restart)
+        ladder = Ladder(
+            around, scale, self.region_norm, self.ladder, chosen["maximizer"], chosen["steps"],
+            warm=restart % 2 == 0, start=start,
+        )  # fmt: skip
+        return _Work(around, ladder)
+
+    def _base(self, work: _Work, shared: Record) -> np.ndarray:
+        """Loss, weight, and rises of the linear model, at θ on the trial's examples."""
+        if self.chosen["m"] is None:
+            return np.array([float(shared["loss"]), 1.0, *shared["slope_rise"]])
+        problem, ladder = work.around.problem, work.ladder
+        value, slope = problem.value_and_gradient()
+        rises = [Region(e * ladder.scale, self.region_norm).rise(slope) for e in self.ladder]
+        weight = sum(problem.evaluator.weigh(batch) for batch in problem.batches)
+        return np.array([float(value), weight, *rises])
+
+
+@dataclass
+class _Work:
+    """What a trial works with, made anew where a run goes on."""
+
+    around: Around
+    ladder: Ladder
+
+
+@dataclass
+class _Trial:
+    """The state of a block."""
+
+    climb: Climb
+    base: np.ndarray | None = None
+    work: _Work | None = None
+
+
+def _stream(seed: int, trial: int, rung: int) -> torch.Generator:
+    return seeds.generator(seed, f"sharpness/{rung}", trial)
