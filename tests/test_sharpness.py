@@ -376,7 +376,7 @@ def test_settings_that_do_not_fit_are_refused(fields: dict[str, Any], words: str
 @pytest.mark.parametrize("definition", ["keskar", "ball"])
 def test_a_negative_loss_is_refused_where_one_plus_the_loss_divides(definition: Any):
     on = quadratic(psd(3), normal(3), floor=-0.5)
-    with pytest.raises(Refused, match="divides by 1 \\+ L.*definition='adaptive'"):
+    with pytest.raises(Refused, match=r"divides by 1 \+ L.*definition='adaptive'"):
         evaluated(on, definition=definition)
     assert value(on, definition="adaptive", scaling="none") > 0
 
@@ -409,6 +409,7 @@ def test_a_place_that_is_no_minimum_is_measured_and_told():
     slope = evaluated(quadratic(H, at, g=10 * normal(6, seed=1)), **KESKAR)
     assert not bool(slope["at_minimum"])
     assert slope["first_order"][0] > 0.5 * slope["sharpness"][0]
+    assert float(slope["slope_share"]) == slope["first_order"][0] / slope["sharpness"][0]
     top = evaluated(quadratic(-H, at), definition="adaptive", scaling="none", epsilon=(0.1,))
     assert top["sharpness"].tolist() == [0.0]  # θ itself is in the set
 
@@ -422,7 +423,7 @@ class Stopping(Journal):
     def __init__(self, after: int):
         self.left, self.states, self.record = after, {}, None
 
-    def commit(self, record: Record, *, final: bool = False) -> None:  # noqa: ARG002
+    def commit(self, record: Record, *, final: bool = False) -> None:
         self.record = record
 
     def load_state(self, block: range) -> Any:

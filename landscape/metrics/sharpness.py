@@ -42,7 +42,7 @@ class Sharpness(SequentialMetric):
     Beside them: `first_order`, the rise of the linear model; for p = 2 `second_order`, ½ε² times the largest
     eigenvalue of diag(c) H diag(c), an approximation and no bound; with normalized logits and cross-entropy
     `upper_bound`, which is certain; `gap`, what the linear model at the point found could still gain;
-    `at_minimum`, whether the slope at θ explains at most a tenth of each rise.
+    `slope_share`, first_order over sharpness at its largest; `at_minimum`, whether it is at most a tenth.
 
     Source: Keskar et al. 2017 (arXiv 1609.04836); Dinh et al. 2017 (arXiv 1703.04933); Kwon et al. 2021 (arXiv
     2102.11600); Andriushchenko et al. 2023 (arXiv 2302.07011).
@@ -52,7 +52,7 @@ class Sharpness(SequentialMetric):
     headline: ClassVar[str] = "sharpness"
     unit: ClassVar[str] = "trial"
     citation: ClassVar[str] = "Keskar et al. 2017, arXiv:1609.04836"
-    told: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm")
+    told: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "slope_share")
 
     definition: Literal["keskar", "ball", "adaptive", "average"] = setting("keskar", "of what")
     epsilon: tuple[float, ...] = setting((5e-4, 1e-3), "sizes of the neighbourhood")
@@ -141,7 +141,7 @@ class Sharpness(SequentialMetric):
             "slope_rise": Variable(("epsilon",), np.array(rises), "1", "rise of the linear model"),
         }  # fmt: skip
         attrs = {
-            "trial_seed": seed, "definition": self.definition, "dimensions": len(scale),
+            "trial_seed": seed, "definition": self.definition, "order": problem.size, "dimensions": len(scale),
             "batches": 1 if m is None else function.group_count(problem, m),
         }  # fmt: skip
         if self.logit_normalized:

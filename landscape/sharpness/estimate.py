@@ -48,10 +48,8 @@ def searched(record: Record) -> Values:
         "evaluations": Variable(dims, record["trial_evaluations"][done].sum(0), "1", "evaluations"),
         "nonfinite": Variable(dims, record["trial_nonfinite"][done].sum(0), "1", "of them not finite"),
         "first_order": Variable(dims, first, "1", "rise of the linear model at θ"),
-        "at_minimum": Variable((), np.asarray(_at_minimum(first, best)), "1",
-                               "whether the slope at θ explains at most a tenth of each rise"),
     }  # fmt: skip
-    return result | _beside(record, scale)
+    return result | _slope(first, best) | _beside(record, scale)
 
 
 def _beside(record: Record, scale: float) -> Values:
@@ -73,17 +71,13 @@ def average(record: Record, converged: bool) -> Values:
     """Sharpness from draws, with its standard error."""
     value, error = mean_and_error(record)
     rises, dims = record["rises"][record["done"]], ("epsilon",)
-    first = record["slope_rise"]
     return {
         "sharpness": Variable(dims, value, "1", "mean rise over noise"),
         "sharpness_stderr": Variable(dims, error, "1", "standard error over draws"),
         "converged": Variable((), np.asarray(converged), "1", "whether rtol was reached"),
         "evaluations": Variable(dims, np.full(len(value), 2 * len(rises)), "1", "evaluations"),
         "nonfinite": Variable(dims, (~np.isfinite(rises)).sum(0), "1", "draws that were not finite"),
-        "first_order": Variable(dims, first, "1", "rise of the linear model at θ over ‖δ/c‖₂ <= ε"),
-        "at_minimum": Variable((), np.asarray(_at_minimum(first, np.abs(value))), "1",
-                               "whether the slope at θ explains at most a tenth of each rise"),
-    }  # fmt: skip
+    }
 
 
 def mean_and_error(record: Record) -> tuple[Array, Array]:
@@ -112,5 +106,12 @@ def _gap(record: Record, rises: Array, weights: Array) -> Array:
     return of_best
 
 
-def _at_minimum(first: Array, best: Array) -> bool:
-    return bool(np.all(first <= _MINIMUM * best))
+def _slope(first: Array, best: Array) -> Values:
+    """How much of a rise the slope at θ explains; none of it at a minimum."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = float(np.max(np.where(first == 0, 0.0, first / best)))
+    words = "largest share of a rise that the slope at θ explains"
+    return {
+        "slope_share": Variable((), np.asarray(share), "1", words),
+        "at_minimum": Variable((), np.asarray(share <= _MINIMUM), "1", "whether that is at most a tenth"),
+    }
