@@ -72,6 +72,10 @@ def problem(data: Any = None, **options: Any) -> landscape.Problem:
     return landscape.Problem(classifier(), nn.CrossEntropyLoss(), data or cut(60), **options)
 
 
+def problem_of(width: int) -> landscape.Problem:
+    return landscape.Problem(classifier(width=width), nn.CrossEntropyLoss(), cut(60))
+
+
 def evaluated(on: landscape.Problem, seed: int = 0, **fields: Any) -> Record:
     return landscape.evaluate(Sharpness(**fields), on, seed)
 
@@ -384,6 +388,8 @@ def test_a_negative_loss_is_refused_where_one_plus_the_loss_divides(definition: 
 def test_a_subspace_larger_than_the_space_is_refused():
     with pytest.raises(Refused, match="subspace is 9, but there are 3 parameters"):
         evaluated(quadratic(psd(3), normal(3)), subspace=9)
+    with pytest.raises(Refused, match=r"takes 31\.4 MiB, and memory allows 1 MiB"):
+        landscape.measure(Sharpness(subspace=1000), problem_of(137), memory=1 << 20)
     with pytest.raises(Refused, match="output="):
         evaluated(quadratic(psd(3), normal(3)), logit_normalized=True)
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
+from landscape import memory as footprint
 from landscape import seeds
 from landscape.checks import Need
 from landscape.errors import Refused
@@ -26,6 +27,7 @@ from landscape.sharpness import curvature, estimate, function, noise, scaling, s
 from landscape.sharpness.function import Around
 from landscape.sharpness.search import FOUND, Climb, Ladder
 
+_MATRIX_BYTES = 24  # per entry of A: in float64, once more to solve with it, and in the working precision
 _FIRST_ROUND = 16  # draws; with fewer a standard error says little
 
 
@@ -168,8 +170,18 @@ class Sharpness(SequentialMetric):
             ),
         }
 
-    def block_size(self, problem: Problem, memory: int) -> int:  # noqa: ARG002
-        """Draws are stored in blocks; a search stands alone."""
+    def block_size(self, problem: Problem, memory: int) -> int:
+        """Draws are stored in blocks; a search stands alone.
+
+        Raises:
+            Refused: if the matrix of a subspace takes more than the memory.
+        """
+        if (needed := _MATRIX_BYTES * problem.size * (self.subspace or 0)) > memory:
+            raise Refused(
+                f"a subspace of {self.subspace} dimensions of {problem.size} parameters takes "
+                f"{footprint.in_words(needed)}, and memory allows {footprint.in_words(memory)}; take fewer "
+                "dimensions, or state more: memory=, --memory"
+            )
         return self.block if self.definition == "average" else 1
 
     def units(self, record: Record) -> Round | None:
