@@ -294,6 +294,15 @@ def test_groups_are_averaged_by_their_weight():
     assert value(problem(), definition="adaptive", norm="inf", scaling="none", epsilon=(1e-7,)) <= expected
 
 
+def test_groups_without_a_valid_target_weigh_nothing():
+    targets = Y.clone()
+    targets[16:32] = -100
+    fields = {"definition": "adaptive", "m": 16, "norm": "inf", "epsilon": (0.05,)}
+    whole = value(problem([(X, targets)]), **fields)
+    keep = targets != -100
+    assert whole == pytest.approx(value(problem([(X[keep], targets[keep])]), **fields), rel=1e-9)
+
+
 def test_filters_move_by_their_lengths():
     on = landscape.Problem(
         nn.Conv2d(2, 3, 2), nn.MSELoss(), [(torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 2, 2))]
@@ -418,6 +427,11 @@ def test_a_place_that_is_no_minimum_is_measured_and_told():
     assert float(slope["slope_share"]) == slope["first_order"][0] / slope["sharpness"][0]
     top = evaluated(quadratic(-H, at), definition="adaptive", scaling="none", epsilon=(0.1,))
     assert top["sharpness"].tolist() == [0.0]  # θ itself is in the set
+    assert top["lowest"][0] < 0
+    assert not bool(top["at_minimum"])
+    saddle = evaluated(quadratic(torch.diag(vector(1.0, -3.0)), vector(0.3, 0.2)), **KESKAR)
+    assert saddle["sharpness"][0] > 0
+    assert not bool(saddle["at_minimum"])
 
 
 # --- runs ---------------------------------------------------------------------------------------------------

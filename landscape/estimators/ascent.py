@@ -16,9 +16,8 @@ from landscape.estimators.search import State, noted, opened, scalar
 # the gradient is average: chosen on the digits network, whose losses rise over a hundredfold in the largest
 # box; without them one start in six ends a fifth lower.
 _GROWING, _FIRST_STEP, _LAST_STEP = 0.3, 0.3, 8.0
-_SLOW = (
-    1e-4  # a rise by less, relative to all that was gained: two of these in a row, and the search is stuck
-)
+# A rise by less, relative to all that was gained: two of these in a row, and the search is stuck.
+_SLOW = 1e-4
 _RELEASED = 0.1  # share of coordinates that then start anew, those with the smallest slope
 
 

@@ -38,6 +38,7 @@ def lbfgsb(function: Function, region: Region, start: Tensor, iterations: int = 
     radii = region.radii
     best: dict[str, Any] = {
         "value": -math.inf,
+        "lowest": math.inf,
         "point": region.project(start),
         "slope": torch.zeros_like(start),
     }
@@ -52,6 +53,7 @@ def lbfgsb(function: Function, region: Region, start: Tensor, iterations: int = 
         if not (math.isfinite(number) and bool(slope.isfinite().all())):
             counts["nonfinite"] += 1
             raise _NotFiniteError
+        best["lowest"] = min(number, best["lowest"])
         if number > best["value"]:
             best.update(value=number, point=point, slope=slope)
         return -number, -slope.double().cpu().numpy()
@@ -74,6 +76,7 @@ def lbfgsb(function: Function, region: Region, start: Tensor, iterations: int = 
         point=best["point"],
         value=best["value"] if found else math.nan,
         gap=max(gap, 0.0) if found else math.nan,
+        lowest=best["lowest"] if found else math.nan,
         **counts,
     )
 

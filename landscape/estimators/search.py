@@ -36,6 +36,7 @@ class Maximum:
         gap: what the linear model at that point could still gain, max ⟨gradient, δ' − δ⟩ over the set.
         evaluations: of the function.
         nonfinite: how many of them were NaN or infinite.
+        lowest: the smallest value seen; NaN where none was finite.
     """
 
     point: Tensor
@@ -43,6 +44,7 @@ class Maximum:
     gap: float
     evaluations: int
     nonfinite: int
+    lowest: float
 
 
 class Search(Protocol):
@@ -97,6 +99,7 @@ def maximum(search: Search, state: State) -> Maximum:
         gap=max(gap, 0.0) if math.isfinite(value) else math.nan,
         evaluations=int(state["evaluations"]),
         nonfinite=int(state["nonfinite"]),
+        lowest=float(state["lowest"]) if math.isfinite(value) else math.nan,
     )
 
 
@@ -110,6 +113,7 @@ def opened(region: Region, generator: torch.Generator, at: Tensor | None) -> Sta
         "best_value": scalar(-math.inf),
         "evaluations": scalar(0),
         "nonfinite": scalar(0),
+        "lowest": scalar(math.inf),
     }
 
 
@@ -120,7 +124,9 @@ def noted(state: State, value: Any, gradient: Tensor) -> tuple[State, float, boo
     after = {**state, "evaluations": state["evaluations"] + 1}
     if not fine:
         after["nonfinite"] = state["nonfinite"] + 1
-    elif number > float(state["best_value"]):
+        return after, number, fine
+    after["lowest"] = scalar(min(number, float(state["lowest"])))
+    if number > float(state["best_value"]):
         after.update(best=state["point"], best_slope=gradient, best_value=scalar(number))
     return after, number, fine
 

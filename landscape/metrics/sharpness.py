@@ -44,7 +44,8 @@ class Sharpness(SequentialMetric):
     Beside them: `first_order`, the rise of the linear model; for p = 2 `second_order`, ½ε² times the largest
     eigenvalue of diag(c) H diag(c), an approximation and no bound; with normalized logits and cross-entropy
     `upper_bound`, which is certain; `gap`, what the linear model at the point found could still gain;
-    `slope_share`, first_order over sharpness at its largest; `at_minimum`, whether it is at most a tenth.
+    `slope_share`, first_order over sharpness at its largest; `at_minimum`, whether that, and the lowest loss seen below
+    L(θ), are at most a tenth of the rise.
 
     Source: Keskar et al. 2017 (arXiv 1609.04836); Dinh et al. 2017 (arXiv 1703.04933); Kwon et al. 2021 (arXiv
     2102.11600); Andriushchenko et al. 2023 (arXiv 2302.07011).
@@ -213,6 +214,8 @@ class Sharpness(SequentialMetric):
         if self.definition != "average":
             if state.base is None:
                 state.base = self._base(state.work, shared)
+            if not state.base[1]:  # no example of the group has a weight
+                return _Trial(Climb(len(self.ladder), [[0.0] * len(FOUND)] * len(self.ladder)), state.base)
             climb = state.work.ladder.step(climb, lambda rung: _stream(seed, block.start, rung))
             return _Trial(climb, state.base, state.work)
         stream = _stream(seed, block.start + climb.rung, 0)
@@ -234,6 +237,7 @@ class Sharpness(SequentialMetric):
         base, weight, slopes = state.base[0], state.base[1], state.base[2:]  # type: ignore[index]
         return {
             "rises": Variable(dims, columns["value"] - base, "1", "highest loss found, less that at θ"),
+            "lowest_rises": Variable(dims, columns["lowest"] - base, "1", "lowest loss seen, less that at θ"),
             "gaps": Variable(dims, columns["gap"], "1", "what the linear model there could still gain"),
             "trial_evaluations": Variable(dims, columns["evaluations"], "1", "evaluations"),
             "trial_nonfinite": Variable(dims, columns["nonfinite"], "1", "evaluations that were not finite"),
@@ -322,9 +326,11 @@ class Sharpness(SequentialMetric):
         if self.chosen["m"] is None:
             return np.array([float(shared["loss"]), 1.0, *shared["slope_rise"]])
         problem, ladder = work.around.problem, work.ladder
+        weight = sum(problem.evaluator.weigh(batch) for batch in problem.batches)
+        if not weight:
+            return np.zeros(2 + len(self.ladder))
         value, slope = problem.value_and_gradient()
         rises = [Region(e * ladder.scale, self.region_norm).rise(slope) for e in self.ladder]
-        weight = sum(problem.evaluator.weigh(batch) for batch in problem.batches)
         return np.array([float(value), weight, *rises])
 
 

@@ -12,7 +12,7 @@ Values = dict[str, Variable]
 
 # By what the rise is multiplied: at L(θ).
 _PER_CENT_OF = {"keskar": 100.0, "ball": 1.0}
-# Share of a rise that the slope may explain at what is called a minimum.
+# Share of a rise that the slope may explain, or a fall may have, at what is called a minimum.
 _MINIMUM = 0.1
 
 
@@ -49,7 +49,8 @@ def searched(record: Record) -> Values:
         "nonfinite": Variable(dims, record["trial_nonfinite"][done].sum(0), "1", "of them not finite"),
         "first_order": Variable(dims, first, "1", "rise of the linear model at θ"),
     }  # fmt: skip
-    return result | _slope(first, best) | _beside(record, scale)
+    lowest = scale * np.fmin.reduce(record["lowest_rises"][done], axis=0)
+    return result | _place(first, best, lowest) | _beside(record, scale)
 
 
 def _beside(record: Record, scale: float) -> Values:
@@ -106,12 +107,15 @@ def _gap(record: Record, rises: Array, weights: Array) -> Array:
     return of_best
 
 
-def _slope(first: Array, best: Array) -> Values:
-    """How much of a rise the slope at θ explains; none of it at a minimum."""
+def _place(first: Array, best: Array, lowest: Array) -> Values:
+    """Whether θ is a minimum, as far as was seen: by its slope, and by how low the loss was around it."""
     with np.errstate(divide="ignore", invalid="ignore"):
         share = float(np.max(np.where(first == 0, 0.0, first / best)))
+    low = bool(np.all(lowest >= -_MINIMUM * best))
     words = "largest share of a rise that the slope at θ explains"
     return {
+        "lowest": Variable(("epsilon",), lowest, "1", "like sharpness, of the lowest loss seen on the way"),
         "slope_share": Variable((), np.asarray(share), "1", words),
-        "at_minimum": Variable((), np.asarray(share <= _MINIMUM), "1", "whether that is at most a tenth"),
-    }
+        "at_minimum": Variable((), np.asarray(share <= _MINIMUM and low), "1",
+                               "whether neither the slope nor a fall is more than a tenth of each rise"),
+    }  # fmt: skip

@@ -19,7 +19,7 @@ from landscape.estimators.search import Function, Maximum, Search, State, maximu
 
 Maximizer = Literal["ascent", "apgd", "lbfgsb"]
 # What is found in a set: its columns in the stored table.
-FOUND = ("value", "gap", "evaluations", "nonfinite")
+FOUND = ("value", "gap", "evaluations", "nonfinite", "lowest")
 _ON_CPU = {"random"}
 
 
@@ -81,7 +81,8 @@ class Ladder:
 
     def _up(self, climb: Climb, found: Maximum) -> Climb:
         """Note what was found. A larger set holds the smaller one's maximum, so its own is no smaller."""
-        row, best = [found.value, found.gap, found.evaluations, found.nonfinite], found.point
+        row = [found.value, found.gap, found.evaluations, found.nonfinite, found.lowest]
+        best = found.point
         if climb.rung and not row[0] >= climb.found[-1][0] and math.isfinite(climb.found[-1][0]):
             best = climb.best if climb.best is not None else best
             row[:2] = [climb.found[-1][0], math.nan]
