@@ -4,7 +4,8 @@
 
 Both search the box |δ_i| <= ε (|θ_i| + 1) for the largest loss of all 1797 digits, from the same random points in it,
 through the same `Problem.value_and_gradient`. L-BFGS-B gets 10 and 40 iterations; the native search as many
-steps as fit into about a third of its time: 7 and 16. Rounds alternate; each is one search from one start.
+steps as fit into less than a third of its time, 7 and 16, and its default of 20. Rounds alternate;
+each is one search from one start.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ from landscape.testbeds import load_default
 
 SIZES = (5e-4, 1e-3, 5e-3)
 # Each of ours next to the one that it has to reach in a third of its time.
-RIVALS = {"ascent, 7 steps": "L-BFGS-B, 10 iterations", "ascent, 16 steps": "L-BFGS-B, 40 iterations"}
+RIVALS = {
+    "ascent, 7 steps": "L-BFGS-B, 10 iterations",
+    "ascent, 16 steps": "L-BFGS-B, 40 iterations",
+    "ascent, 20 steps": "L-BFGS-B, 40 iterations",
+}
 
 
 def searches(
@@ -40,6 +45,7 @@ def searches(
         "L-BFGS-B, 40 iterations": lambda g: lbfgsb(loss, box, box.draw(g), 40),
         "ascent, 7 steps": lambda g: maximize(loss, Ascent(box, 7), g),
         "ascent, 16 steps": lambda g: maximize(loss, Ascent(box, 16), g),
+        "ascent, 20 steps": lambda g: maximize(loss, Ascent(box, 20), g),
         "APGD, 20 steps": lambda g: maximize(loss, Apgd(box, 20), g),
     }
 
