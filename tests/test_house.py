@@ -56,6 +56,7 @@ FLOORS = [
     {"traces"},
     {"sharpness.scaling", "sharpness.function", "sharpness.curvature", "sharpness.settings"},
     {"sharpness.search", "sharpness.noise", "sharpness.estimate"},
+    {"sharpness.trial"},
     {"sharpness"},
     {"metrics.base"},
     {"metrics.registry"},

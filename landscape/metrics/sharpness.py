@@ -16,16 +16,15 @@ import numpy as np
 import torch
 
 from landscape import memory as footprint
-from landscape import seeds
 from landscape.checks import Need
 from landscape.errors import Refused
 from landscape.estimators.regions import Norm, Region
 from landscape.metrics.base import Journal, Round, SequentialMetric, State, Values, setting
 from landscape.problem import Problem
 from landscape.results import Record, Variable
-from landscape.sharpness import curvature, estimate, function, noise, scaling, settings
-from landscape.sharpness.function import Around
-from landscape.sharpness.search import FOUND, Climb, Ladder
+from landscape.sharpness import curvature, estimate, function, noise, settings, trial
+from landscape.sharpness.search import FOUND, Climb
+from landscape.sharpness.trial import Trial
 
 _MATRIX_BYTES = 24  # per entry of A: in float64, once more to solve with it, and in the working precision
 _FIRST_ROUND = 16  # draws; with fewer a standard error says little
@@ -100,12 +99,12 @@ class Sharpness(SequentialMetric):
     @property
     def region_norm(self) -> Norm:
         """The p of the sets."""
-        return {"keskar": "inf", "ball": 2, "adaptive": self.norm, "average": 2}[self.definition]  # type: ignore[return-value]
+        return settings.norm_of(self.configuration())
 
     @property
     def ladder(self) -> tuple[float, ...]:
         """The sizes, ascending."""
-        return tuple(sorted(float(size) for size in self.epsilon))
+        return settings.ladder_of(self.configuration())
 
     @property
     def _with_curvature(self) -> bool:
@@ -131,7 +130,7 @@ class Sharpness(SequentialMetric):
                 f"the loss at θ is {loss:.6g}, and definition {self.definition} divides by 1 + L, which supposes "
                 "L >= 0. Take definition='adaptive' with scaling='none', which gives the rise itself"
             )
-        around, scale = self._set(whole, seed)
+        around, scale = trial.neighbourhood(self.chosen, whole, seed)
         if around.A is not None:
             slope = around.A.T @ slope
         rises = [Region(e * scale, self.region_norm).rise(slope) for e in self.ladder]
@@ -204,27 +203,27 @@ class Sharpness(SequentialMetric):
         generators: Sequence[torch.Generator],  # noqa: ARG002
     ) -> Any:
         """Return the state before the first evaluation."""
-        return _Trial(Climb())
+        return Trial(Climb())
 
-    def step(self, problem: Problem, shared: Record, block: range, state: _Trial) -> _Trial:
+    def step(self, problem: Problem, shared: Record, block: range, state: Trial) -> Trial:
         """Make one evaluation of a search, or one draw of noise."""
         if state.work is None:
-            state.work = self._work(problem, shared, block.start)
+            state.work = trial.Work.of(self.chosen, self._problem(problem), shared, block.start)
         seed, climb = shared.attrs["trial_seed"], state.climb
         if self.definition != "average":
             if state.base is None:
-                state.base = self._base(state.work, shared)
+                state.base = state.work.base(shared)
             if not state.base[1]:  # no example of the group has a weight
-                return _Trial(Climb(len(self.ladder), [[0.0] * len(FOUND)] * len(self.ladder)), state.base)
-            climb = state.work.ladder.step(climb, lambda rung: _stream(seed, block.start, rung))
-            return _Trial(climb, state.base, state.work)
-        stream = _stream(seed, block.start + climb.rung, 0)
+                return Trial(Climb(len(self.ladder), [[0.0] * len(FOUND)] * len(self.ladder)), state.base)
+            climb = state.work.ladder.step(climb, lambda rung: trial.stream(seed, block.start, rung))
+            return Trial(climb, state.base, state.work)
+        stream = trial.stream(seed, block.start + climb.rung, 0)
         ladder, around = state.work.ladder, state.work.around
         loss = float(shared["loss"])
         row = noise.rises(around, ladder.scale, self.ladder, self.noise, loss, stream)
-        return _Trial(Climb(climb.rung + 1, [*climb.found, [*row]]), None, state.work)
+        return Trial(Climb(climb.rung + 1, [*climb.found, [*row]]), None, state.work)
 
-    def result(self, problem: Problem, shared: Record, block: range, state: _Trial) -> Values | None:  # noqa: ARG002
+    def result(self, problem: Problem, shared: Record, block: range, state: Trial) -> Values | None:  # noqa: ARG002
         """Return the block's values once all its sets are searched, or all its noise is drawn."""
         average = self.definition == "average"
         if state.climb.rung < (len(block) if average else len(self.ladder)):
@@ -247,13 +246,13 @@ class Sharpness(SequentialMetric):
             "trial_weight": Variable(("trial",), np.array([weight]), "1", "weight of the group's examples"),
         }
 
-    def stored(self, state: _Trial) -> State:
+    def stored(self, state: Trial) -> State:
         """Turn a trial into arrays."""
         return state.climb.arrays() | ({} if state.base is None else {"base": state.base})
 
-    def restored(self, problem: Problem, arrays: State) -> _Trial:
+    def restored(self, problem: Problem, arrays: State) -> Trial:
         """Bring a trial back; what it works with is made anew at the next step."""
-        return _Trial(Climb.from_arrays(arrays, problem.device), arrays.get("base"))
+        return Trial(Climb.from_arrays(arrays, problem.device), arrays.get("base"))
 
     def run_block(
         self,
@@ -286,70 +285,3 @@ class Sharpness(SequentialMetric):
 
     def _problem(self, problem: Problem) -> Problem:
         return function.with_normalized_logits(problem) if self.logit_normalized else problem
-
-    def _set(self, problem: Problem, seed: int) -> tuple[Around, torch.Tensor]:
-        """The function of δ, and the scale c of its sets."""
-        if self.definition in {"adaptive", "average"}:
-            return Around.of(problem), scaling.parameter_scale(problem, self.scaling)
-        if self.definition == "ball":
-            return Around.of(problem), scaling.parameter_scale(problem, "none")
-        if self.subspace is None:
-            around = Around.of(problem)
-            return around, around.centre.abs() + 1
-        if self.subspace > problem.size:
-            raise Refused(
-                f"subspace is {self.subspace}, but there are {problem.size} parameters; ask for fewer"
-            )
-        A = scaling.subspace_matrix(problem.size, self.subspace, self.law, self.column_scale, seed)
-        around = Around.of(problem, A)
-        return around, (scaling.coordinates(A, around.centre).abs() + 1).to(around.centre)
-
-    def _work(self, problem: Problem, shared: Record, trial: int) -> _Work:
-        """What one trial works with: a function and its sets."""
-        chosen, batches = self.chosen, shared.attrs["batches"]
-        restart, part = divmod(trial, batches)
-        whole = self._problem(problem)
-        around, scale = self._set(whole, shared.attrs["trial_seed"])
-        if chosen["m"] is not None:
-            around = Around.of(function.group(whole, part, chosen["m"]))
-        start = None
-        if "start" in shared and restart < 2:  # along the eigenvector, to either side
-            start = torch.from_numpy(shared["start"]).to(scale) * (1 - 2 * restart)
-        ladder = Ladder(
-            around, scale, self.region_norm, self.ladder, chosen["maximizer"], chosen["steps"],
-            warm=restart % 2 == 0, start=start,
-        )  # fmt: skip
-        return _Work(around, ladder)
-
-    def _base(self, work: _Work, shared: Record) -> np.ndarray:
-        """Loss, weight, and rises of the linear model, at θ on the trial's examples."""
-        if self.chosen["m"] is None:
-            return np.array([float(shared["loss"]), 1.0, *shared["slope_rise"]])
-        problem, ladder = work.around.problem, work.ladder
-        weight = sum(problem.evaluator.weigh(batch) for batch in problem.batches)
-        if not weight:
-            return np.zeros(2 + len(self.ladder))
-        value, slope = problem.value_and_gradient()
-        rises = [Region(e * ladder.scale, self.region_norm).rise(slope) for e in self.ladder]
-        return np.array([float(value), weight, *rises])
-
-
-@dataclass
-class _Work:
-    """What a trial works with, made anew where a run goes on."""
-
-    around: Around
-    ladder: Ladder
-
-
-@dataclass
-class _Trial:
-    """The state of a block."""
-
-    climb: Climb
-    base: np.ndarray | None = None
-    work: _Work | None = None
-
-
-def _stream(seed: int, trial: int, rung: int) -> torch.Generator:
-    return seeds.generator(seed, f"sharpness/{rung}", trial)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
+from landscape.estimators.regions import Norm
+
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "keskar": {"maximizer": "lbfgsb", "steps": 10, "restarts": 1},
@@ -29,6 +31,17 @@ _LEAST = {"steps": 1, "restarts": 1, "samples": 2, "m": 1, "subspace": 1}
 def chosen(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings, with those of the preset in their place."""
     return {**given, **(PRESETS[given["definition"]] if given["preset"] == "paper" else {})}
+
+
+def norm_of(given: Mapping[str, Any]) -> Norm:
+    """Return the p of the sets."""
+    norm: Norm = given["norm"]
+    return {"keskar": "inf", "adaptive": norm}.get(given["definition"], 2)
+
+
+def ladder_of(given: Mapping[str, Any]) -> tuple[float, ...]:
+    """Return the sizes, ascending."""
+    return tuple(sorted(float(size) for size in given["epsilon"]))
 
 
 def require(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
