@@ -103,3 +103,21 @@ def test_the_volume_carried_along_shifts_by_the_jacobian(dinh: ModuleType, monke
     assert points[1].carried - points[0].carried == pytest.approx(expected, abs=error)
     assert points[0].ball == pytest.approx(points[0].carried, abs=error)
     assert points[1].change < 1e-13
+
+
+def test_both_ways_between_two_minima_begin_and_end_at_them(monkeypatch: pytest.MonkeyPatch):
+    keskar = recipe("keskar_sharpness", monkeypatch)
+    parts = {"train": tuple(t[:50] for t in keskar.digits())}
+    models = [keskar.mlp(keskar.SIZES, seed=seed) for seed in (1, 2)]
+    ends = [torch.cat([p.detach().reshape(-1) for p in model.parameters()]) for model in models]
+    losses = [nn.functional.cross_entropy(m(parts["train"][0]), parts["train"][1]).item() for m in models]
+    middle = len(keskar.ALPHA) // 2
+    for curved in (False, True):
+        way = keskar.along(*ends, parts, curved=curved)
+        for alpha, loss in zip((0, 1), losses, strict=True):
+            at = int(abs(keskar.ALPHA - alpha).argmin())
+            assert way.loss["train"][at] == pytest.approx(loss, rel=1e-5)
+        share = 0.5 if not curved else 0.5**0.5
+        torch.nn.utils.vector_to_parameters(share * (ends[0] + ends[1]), models[0].parameters())
+        half = nn.functional.cross_entropy(models[0](parts["train"][0]), parts["train"][1])
+        assert way.loss["train"][middle] == pytest.approx(half.item(), rel=1e-5)
