@@ -67,7 +67,10 @@ def summarize(result: Any, path: Path | None = None) -> Summary:
     found = [] if listing else _entries(result, headline)
     for name in result.variables:
         told = any(f"{name}_{error}" in result for error in ("stderr", "residual_norm"))
-        told = told or name in result.attrs.get("told", [])
+        listed = name in result.attrs.get("told", [])
+        if listed and result[name].ndim == 1 and name != headline:
+            found += _entries(result, name)
+        told = told or listed
         if told and result[name].ndim == 0 and name != headline and math.isfinite(float(result[name])):
             found.append(_scalar(result, name))
     return Summary(metric, found, _converged(result), _whole(lookup(result, "matvecs")),

@@ -25,6 +25,7 @@ _LINES: tuple[tuple[Any, ...], ...] = (
     ),
     ("data", ("data", "{}"), ("examples", "{} examples"), ("data_fingerprint", "fingerprint {:.8}")),
     ("way", ("way", "{}"), ("reason", "{}")),
+    ("warning", ("warning", "{}")),
     ("seed", ("seed", "{}")),
     (
         "computed on",
@@ -38,6 +39,7 @@ _LINES: tuple[tuple[Any, ...], ...] = (
         ("matvecs", "{:.0f} products"),
         ("backward_passes", "{:.0f} backward passes"),
         ("gradients", "{:.0f} gradients"),
+        ("values", "{:.0f} evaluations of the loss"),
         ("wall_seconds", "{:.1f} s"),
     ),
     ("versions", ("landscape_version", "landscape {}"), ("torch_version", "torch {}"), ("time", "{}")),
@@ -134,6 +136,8 @@ def completeness(record: Record) -> tuple[str, bool | None]:
 def _details(record: Record) -> Iterator[tuple[str, str]]:
     found = {name: report.lookup(record, name) for name in {key for _, *parts in _LINES for key, _ in parts}}
     yield "configuration", _configuration(record.attrs)
+    if "stderr_reason" in record:
+        yield "no error", "; ".join(sorted({str(reason) for reason in record["stderr_reason"] if reason}))
     yield "done", completeness(record)[0]
     for title, *parts in _LINES:
         yield title, ", ".join(form.format(found[name]) for name, form in parts if found[name] is not None)

@@ -31,25 +31,35 @@ _STEP_EXPONENT = 1 / 3
 _WIDE_SUMS = 2**26
 
 Made = Iterator[products.Optional]
-Graph = products.HessianGraph | products.GgnGraph
 
 
 def gradient(problem: Problem) -> Tensor:
     """∇L(θ), a vector (n,)."""
+    return value_and_gradient(problem)[1]
+
+
+def value_and_gradient(problem: Problem) -> tuple[Tensor, Tensor]:
+    """L(θ), a 0-d float64 tensor, and ∇L(θ), a vector (n,)."""
+    total = weights = 0.0
 
     def slopes(piece: Any) -> Made:
-        leaves = problem.leaves()
+        nonlocal total, weights
+        leaves, weight = problem.leaves(), problem.evaluator.weigh(piece)
         with problem.filled(leaves):
-            yield products.gradient(problem.evaluator.loss_of(piece), leaves)
+            loss = problem.evaluator.loss_of(piece)
+            total += float(loss.detach().double()) * problem.evaluator.scale(weight)
+            weights += weight
+            yield products.gradient(loss, leaves)
 
     with problem.session():
-        return _mean(problem, 1, slopes)[0]
+        slope = _mean(problem, 1, slopes)[0]
+    return torch.tensor(total / weights, dtype=torch.float64), slope
 
 
 def hessian_by_autodiff(problem: Problem, V: Tensor) -> Tensor:
     """H V for one vector (n,) or a block (n, k)."""
 
-    def graph(piece: Any, leaves: list[Tensor]) -> Graph:
+    def graph(piece: Any, leaves: list[Tensor]) -> products.Graph:
         return products.HessianGraph(problem.evaluator.loss_of(piece), leaves)
 
     return _by_autodiff(problem, V, "hessian", graph)
@@ -58,7 +68,7 @@ def hessian_by_autodiff(problem: Problem, V: Tensor) -> Tensor:
 def ggn_by_autodiff(problem: Problem, V: Tensor) -> Tensor:
     """G V for one vector (n,) or a block (n, k)."""
 
-    def graph(piece: Any, leaves: list[Tensor]) -> Graph:
+    def graph(piece: Any, leaves: list[Tensor]) -> products.Graph:
         return products.GgnGraph(problem.evaluator.outputs(piece), _ending(problem, piece), leaves)
 
     return _by_autodiff(problem, V, "ggn", graph)
@@ -67,7 +77,7 @@ def ggn_by_autodiff(problem: Problem, V: Tensor) -> Tensor:
 def empirical_fisher(problem: Problem, V: Tensor) -> Tensor:
     """Σ_i w_i g_i g_iᵀ V / Σ_i w_i over examples, for one vector (n,) or a block (n, k)."""
 
-    def graph(piece: Any, leaves: list[Tensor]) -> Graph:
+    def graph(piece: Any, leaves: list[Tensor]) -> products.Graph:
         scale = problem.evaluator.scale(problem.evaluator.weigh(piece))
         # The Gauss-Newton matrix of half the sum of squares of the examples' losses.
         terms = _terms(problem, piece)
@@ -137,7 +147,7 @@ def ggn_by_differences(problem: Problem, V: Tensor, step: float | None = None) -
 
 
 def _by_autodiff(
-    problem: Problem, V: Tensor, matrix: str, graph: Callable[[Any, list[Tensor]], Graph]
+    problem: Problem, V: Tensor, matrix: str, graph: Callable[[Any, list[Tensor]], products.Graph]
 ) -> Tensor:
     from landscape.kernels import active  # not every measurement makes products
 

@@ -114,12 +114,16 @@ class Evaluator:
 
     def outputs(self, piece: Any) -> Any:
         """The model's outputs on a micro-batch."""
+        return self.outputs_of(self.model, piece)
+
+    def outputs_of(self, model: Any, piece: Any) -> Any:
+        """The outputs of a model that takes this one's place."""
         if self._output is not None:
-            return self._output(self.model, piece)
+            return self._output(model, piece)
         inputs = _pair(piece)[0]
         if isinstance(inputs, Mapping):
-            return self.model(**inputs)
-        return self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
     def target_of(self, piece: Any) -> Any:
         """The target of a micro-batch."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -19,6 +18,7 @@ from landscape.batches import Batches
 from landscape.errors import Refused
 from landscape.evaluator import Evaluator
 from landscape.product_checks import Matrix, ProductCheck
+from landscape.products import Graph, KeptGraphs
 
 if TYPE_CHECKING:
     from landscape.kernels import Kernels
@@ -40,22 +40,6 @@ class Cost:
     values: int = 0
     gradients: int = 0
     matvecs: int = 0
-
-
-class KeptGraphs:
-    """Graphs of the products of one matrix, by micro-batch."""
-
-    def __init__(self) -> None:
-        self._key: tuple[str, ...] = ()
-        self._where: tuple[object, ...] = ()
-        self._graphs: dict[int, averages.Graph] = {}
-
-    def of(self, key: tuple[str, ...], where: tuple[object, ...]) -> dict[int, averages.Graph]:
-        """Those of a matrix where it stands; of another they are let go."""
-        same = len(where) == len(self._where) and all(map(operator.is_, where, self._where))
-        if key != self._key or not same:
-            self._key, self._where, self._graphs = key, where, {}
-        return self._graphs
 
 
 class Problem:
@@ -186,6 +170,11 @@ class Problem:
         """How products are made: as asked for; else as was found out, "not needed" as long as none was made."""
         return self.products if self.products != "auto" else product_checks.summary(self._found)["products"]
 
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """The buffers that `at` was given, by name; the others are the model's own."""
+        return self._buffers
+
     def parameters_vector(self) -> Tensor:
         """θ as one vector (n,), the order of `torch.nn.utils.parameters_to_vector`."""
         return self.space.flatten(leaf.detach() for leaf in self.leaves())
@@ -216,6 +205,12 @@ class Problem:
         """∇L(θ), a vector (n,); sums over batches are made in float64."""
         self.cost.gradients += 1
         return averages.gradient(self)
+
+    def value_and_gradient(self) -> tuple[Tensor, Tensor]:
+        """L(θ), a 0-d float64 tensor, and ∇L(θ), a vector (n,), from one pass over the data."""
+        self.cost.values += 1
+        self.cost.gradients += 1
+        return averages.value_and_gradient(self)
 
     def hvp(self, V: Tensor) -> Tensor:
         """H V with H = ∇²L(θ), for one vector (n,) or a block (n, k), in one pass over the data.
@@ -520,7 +515,7 @@ class Problem:
         finally:
             self._graphs.clear()
 
-    def kept_graphs(self, matrix: str) -> dict[int, averages.Graph] | None:
+    def kept_graphs(self, matrix: str) -> dict[int, Graph] | None:
         """The graphs that are kept of this matrix, by micro-batch; None where none are to be kept."""
         if not self._graphs:
             return None

@@ -7,6 +7,7 @@ split per parameter tensor, and yields one list of tensors per vector.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -78,6 +79,25 @@ class GgnGraph:
             )
             bent = next(_vector_jacobian(self._slopes, self._detached, [pushed], retain=True))
             yield _pulled(self._leaves, self.parameters, bent, retain=True)
+
+
+Graph = HessianGraph | GgnGraph
+
+
+class KeptGraphs:
+    """Graphs of the products of one matrix, by micro-batch."""
+
+    def __init__(self) -> None:
+        self._key: tuple[str, ...] = ()
+        self._where: tuple[object, ...] = ()
+        self._graphs: dict[int, Graph] = {}
+
+    def of(self, key: tuple[str, ...], where: tuple[object, ...]) -> dict[int, Graph]:
+        """Those of a matrix where it stands; of another they are let go."""
+        same = len(where) == len(self._where) and all(map(operator.is_, where, self._where))
+        if key != self._key or not same:
+            self._key, self._where, self._graphs = key, where, {}
+        return self._graphs
 
 
 def pullback(outputs: Any, loss: Callable[[Any], Tensor], parameters: Pieces, pushed: Pieces) -> Optional:

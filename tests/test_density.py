@@ -88,13 +88,21 @@ def test_band_covers_the_smoothed_density_on_the_whole_grid(spectrum, probes):
     assert 0.90 <= coverage(Diagonal(values), values, seeds, probes=probes, steps=100) <= 0.995
 
 
+@pytest.mark.parametrize("axis", ["log", "log_magnitude"])
+@pytest.mark.parametrize("spectrum", ["GOE", "1/i"])
+def test_band_covers_where_a_logarithmic_axis_stretches_the_nodes_apart(spectrum, axis):
+    """Fixed seeds; over 20 of them the coverage is 0.98 to 0.99, and one run's 0.90 or more."""
+    values = spectra(400)[spectrum]
+    assert coverage(Diagonal(values), values, 4, probes=8, steps=80, axis=axis) >= 0.90
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["log", "log_magnitude"])
 @pytest.mark.parametrize("spectrum", list(spectra(300)))
 def test_band_errs_on_the_safe_side_on_logarithmic_axes(spectrum, axis):
     values = spectra(400)[spectrum]
     seeds = 200 if spectrum == "one" else 20
-    assert coverage(Diagonal(values), values, seeds, probes=8, steps=80, axis=axis) >= 0.88
+    assert coverage(Diagonal(values), values, seeds, probes=8, steps=80, axis=axis) >= 0.90
 
 
 def test_band_covers_on_a_rotated_matrix_in_single_precision_and_with_few_steps():

@@ -264,8 +264,8 @@ def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     record = trace_record(SMALL)
     with pytest.raises(ValueError, match=r"allowed endings are .html, .pdf, .png, .svg"):
         plots.plot(record, tmp_path / "x.jpg")
-    with pytest.raises(PlotError, match=r"no picture of metric 'volume'; there are pictures of .*trace"):
-        plots.plot(Record({}, {"metric": "volume"}), tmp_path / "x.png")
+    with pytest.raises(PlotError, match=r"no picture of metric 'no_picture'; there are pictures of .*trace"):
+        plots.plot(Record({}, {"metric": "no_picture"}), tmp_path / "x.png")
     with pytest.raises(ResultsError, match="no such file"):
         plots.plot(tmp_path / "none.h5", tmp_path / "x.png")
     (tmp_path / "file").write_text("")

@@ -24,7 +24,7 @@ from landscape.seeds import generator
 
 Array = NDArray[np.float64]
 _CHUNK = 1 << 20  # elements of a float64 working copy: 8 MiB
-_ROUNDING = 10.0  # in units of eps ‖A‖: below it, the rest of a product is rounding
+_ROUNDING = 8.0  # eps ‖A‖: below it the rest of a product is rounding; it must stay below the 10 of `eigsh`
 _SYMMETRIC = 1e-2  # ‖(A - Aᵀ) q‖ over ‖A‖ from which A is no rounded symmetric matrix
 
 

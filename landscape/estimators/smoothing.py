@@ -16,6 +16,11 @@ never below 1; estimated from k chains, N has the standard error √(2N/k), and 
 *Quadrature error.* The difference from the rules with 3/4 of the nodes, its largest value within a kernel's
 width (it oscillates), is added at both ends; three times that on a logarithmic axis, where the kernel is too
 narrow near zero for the error to fall faster than 1/m: error(3m/4) - error(m) is then a third of error(m).
+
+Where a logarithmic axis stretches the nodes further apart than the kernel reaches, two rules of different m
+say nothing about each other. There the band takes what any measure with this Gauss rule allows: by the
+inequalities of Chebyshev, Markov and Stieltjes (Szegő, Orthogonal Polynomials, §3.41), the mass w_j lies
+between the neighbours θ_{j-1} and θ_{j+1}, so that Σ_j w_j min K ≤ φ ≤ Σ_j w_j max K over these intervals.
 """
 
 from __future__ import annotations
@@ -42,6 +47,7 @@ _CONVERGED: Final = (
 )
 _LADDER: Final = 24  # widths tried for "converged", a factor √2 apart
 _FLAT: Final = 1e-6  # a spectrum narrower than this share of its size is drawn as one line of this width
+_REACH: Final = 4.0  # σ between a node's neighbours, on a logarithmic axis, from which they are too far apart
 _CHUNK: Final = 1 << 21  # kernel values formed at once
 
 
@@ -132,7 +138,13 @@ def curve(
     difference *= 1.0 if axis.name == "linear" else 1 / (4 / 3 - 1)
     error = ndimage.maximum_filter1d(difference, 2 * _PER_WIDTH + 1)
     below, above = _sampling_band(mean, square, len(rules), dimension)
-    lower, upper = np.maximum(below - error, 0.0), above + error
+    lower, upper = below - error, above + error
+    if axis.name != "linear":
+        least, most, gap = _between_neighbours(rules, axis, u, sigma)
+        apart = gap > _REACH * sigma
+        lower = np.where(apart, np.minimum(lower, below - (mean - least)), lower)
+        upper = np.where(apart, np.maximum(upper, above + (most - mean)), upper)
+    lower = np.maximum(lower, 0.0)
     return Curve(u, sigma, share * mean, share * lower, share * upper)
 
 
@@ -223,6 +235,36 @@ def _sampling_band(mean: Array, square: Array, chains: int, dimension: int) -> t
     freedom = chains * np.maximum(count - np.sqrt(2 * count / chains), 1.0)
     low, high = (mean * freedom / chi2.ppf(p, freedom) for p in (0.975, 0.025))
     return low, high
+
+
+def _between_neighbours(
+    rules: Sequence[Rule], axis: Axis, u: Array, width: float
+) -> tuple[Array, Array, Array]:
+    """Return the least and the largest φ(u) that the rules allow, and how far apart neighbours are around u.
+
+    A chain that ended exactly is no bracket but the measure itself.
+    """
+    height = 1 / (math.sqrt(2 * math.pi) * width)
+    least, most, gap = np.zeros_like(u), np.zeros_like(u), np.zeros_like(u)
+    for rule in rules:
+        x, rest = rule.nodes, rule.residual_norms
+        wide = rest.any()
+        a = np.concatenate([[x[0] - rest[0]], x[:-1]]) if wide else x
+        b = np.concatenate([x[1:], [x[-1] + rest[-1]]]) if wide else x
+        ends = np.sort([axis.coordinate(a), axis.coordinate(b)], axis=0)
+        if axis.name == "log_magnitude":  # the coordinate folds at zero
+            ends[0] = np.where((a < 0) & (b > 0), axis.coordinate(0.0), ends[0])
+        piece = max(1, _CHUNK // len(x))
+        for part in (slice(start, start + piece) for start in range(0, len(u), piece)):
+            low, high = ends[0] - u[part, None], ends[1] - u[part, None]
+            near = np.exp(-0.5 * (np.maximum(np.maximum(low, -high), 0.0) / width) ** 2) * rule.weights
+            far = np.exp(-0.5 * (np.maximum(-low, high) / width) ** 2) * rule.weights
+            share = near.sum(axis=1)
+            least[part] += height * far.sum(axis=1)
+            most[part] += height * share
+            apart = near @ (ends[1] - ends[0])
+            gap[part] += np.divide(apart, share, out=np.zeros_like(share), where=share > 0)
+    return least / len(rules), most / len(rules), gap / len(rules)
 
 
 def _converged_width(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from landscape.testbeds.nets import gpt as gpt
     from landscape.testbeds.nets import mlp as mlp
     from landscape.testbeds.nets import resnet20 as resnet20
+    from landscape.testbeds.saddles import saddle as saddle
 
 _HOMES = {
     "DefaultInfo": "digits",
@@ -28,6 +29,7 @@ _HOMES = {
     "load_default": "digits",
     "mlp": "nets",
     "resnet20": "nets",
+    "saddle": "saddles",
     "softmax_regression": "golden",
     "split": "digits",
 }
