@@ -60,9 +60,9 @@ class Squares(Reading):
 
     def of_gradients(self, index: int, gradients: Tensor, signs: Tensor) -> Tensor:  # noqa: ARG002
         """As the class says, of the tensor's shape."""
-        squared = gradients.square().flatten(0, 1)
+        squared = gradients.square()
         weights = signs.reshape(-1).to(squared)
-        return (weights @ squared.flatten(1)).view(squared.shape[1:]).double()
+        return (weights @ squared.reshape(len(weights), -1)).view(gradients.shape[2:]).double()
 
     def of_rows(self, index: int, left: Tensor, right: Tensor, signs: Tensor) -> Tensor:  # noqa: ARG002
         """(σ g²)ᵀ a²: the K columns are added up first."""
@@ -82,17 +82,12 @@ class MappedNorms(Reading):
 
     def of_gradients(self, index: int, gradients: Tensor, signs: Tensor) -> float:
         """As the class says."""
-        images = self.maps[index].pull(gradients.flatten(2))
+        images = self.maps[index].pull(gradients.reshape(*signs.shape, -1))
         return float((torch.linalg.vector_norm(images, dim=-1).double().square() * signs).sum())
 
     def of_rows(self, index: int, left: Tensor, right: Tensor, signs: Tensor) -> float:
-        """By explicit gradients, a few examples at a time."""
-        size = max(1, _FEW // (left[0].numel() * right.shape[1]))
-        parts = zip(*(torch.split(t, size) for t in (left, right, signs)), strict=True)
-        return sum(self.of_gradients(index, g[..., None] * a[:, None, None], s) for g, a, s in parts)
-
-
-_FEW = 1 << 24  # numbers in explicit gradients
+        """Without forming the gradients."""
+        return float(self.maps[index].outer_norms(left, right, signs))
 
 
 def _one_row(use: Outer) -> bool:

@@ -28,6 +28,16 @@ class Map(ABC):
     def pull(self, y: Tensor) -> Tensor:
         """Lᵀ y for each y, (..., n) -> (..., m)."""
 
+    @abstractmethod
+    def outer_norms(self, left: Tensor, right: Tensor, signs: Tensor) -> Tensor:
+        """Σ_ik σ_ik ‖Lᵀ(g_ik a_iᵀ)‖² for tensors of shape (O, I), without forming the outer products.
+
+        Args:
+            left: g, (N, K, O).
+            right: a, (N, I).
+            signs: σ, (N, K).
+        """
+
 
 @dataclass(frozen=True, eq=False)
 class Scale(Map):
@@ -51,6 +61,12 @@ class Scale(Map):
     def pull(self, y: Tensor) -> Tensor:
         """W ⊙ y."""
         return y * self.factors
+
+    def outer_norms(self, left: Tensor, right: Tensor, signs: Tensor) -> Tensor:
+        """g² W² a², the K columns added up first."""
+        squared = (left.square() * signs[:, :, None].to(left)).sum(1)
+        W = self.factors.reshape(squared.shape[1], right.shape[1])
+        return ((squared @ W.square()) * right.square()).sum(dtype=torch.float64)
 
 
 class Rows(Map):
@@ -87,6 +103,12 @@ class Rows(Map):
     def pull(self, y: Tensor) -> Tensor:
         """Fᵀ Y."""
         return (self._F.mT @ self._matrices(y)).flatten(-3)
+
+    def outer_norms(self, left: Tensor, right: Tensor, signs: Tensor) -> Tensor:
+        """‖Fᵀg‖² ‖a‖²."""
+        squared = (torch.linalg.vector_norm(left @ self._F[0], dim=-1).square() * signs.to(left)).sum(1)
+        total: Tensor = (squared * torch.linalg.vector_norm(right, dim=-1).square()).sum(dtype=torch.float64)
+        return total
 
     def _matrices(self, y: Tensor) -> Tensor:
         """Flat tensors (..., n) as (..., groups, rows, columns)."""

@@ -39,10 +39,14 @@ def path_sum(problem: Problem, p: float) -> float:
         p: exponent, > 0.
 
     Raises:
-        Refused: naming the operation that is neither linear nor a rectifier; with `forward=`; for inputs
-            that are not real numbers; or if the sum overflows.
+        Refused: naming the operation that is neither linear nor a rectifier; with `forward=`; in training
+            mode; for inputs that are not real numbers; or if the sum overflows.
     """
     problem.require_outputs("the path norm")
+    if problem.mode != "eval":
+        raise Refused(
+            f"the path norm is that of the network in evaluation mode, got {problem.mode!r}: use mode='eval'"
+        )
     wide = problem.in_float64() or problem
     with wide.session(), torch.no_grad(), wide.filled(wide.leaves()):
         example = _example(wide)

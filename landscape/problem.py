@@ -373,6 +373,7 @@ class Problem:
         other.cost = Cost()
         other.batches = Batches(data, self.device, self.dtype)
         other._double = None
+        other._whole = None if self._whole is None else self._whole.on(data)
         return other
 
     def split(self, examples: int) -> Iterator[tuple[Self, float]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import landscape
-from landscape import Problem, paths
+from landscape import Problem, Refused, paths
 from landscape.metrics import PathNorm
 from landscape.testbeds import nets
 
@@ -57,7 +57,7 @@ def chained(matrices: list[Tensor], p: float) -> float:
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.5])
 def test_every_path_of_a_small_network(p: float) -> None:
     model = filled(nets.mlp([2, 3, 2]))
-    (A, a), (B, b) = ((m.weight, m.bias) for m in model if isinstance(m, nn.Linear))
+    (A, a), (B, b) = ((m.weight.detach(), m.bias.detach()) for m in model if isinstance(m, nn.Linear))
     found = [float(A[j, i] * B[k, j]) for i, j, k in itertools.product(range(2), range(3), range(2))]
     found += [float(a[j] * B[k, j]) for j, k in itertools.product(range(3), range(2))]
     found += [float(b[k]) for k in range(2)]
@@ -105,8 +105,6 @@ def test_linear_operations_by_their_matrices(name: str, p: float) -> None:
     shape = (2, 5, 4)
     operation = filled(LINEAR[name]())
     rows = linear_rows(operation.eval(), *shape)
-    if name == "fraction":  # two paths from x to the same place where the flip maps it onto itself: none here
-        assert (rows[:, :-1] != 0).sum(1).eq(2).all()
     last = filled(nn.Linear(rows.shape[0], 3), seed=1)
     model = nn.Sequential(operation, nn.ReLU(), nn.Flatten(), last)
     expected = chained([rows, torch.cat([last.weight.detach(), last.bias.detach()[:, None]], 1)], p)
@@ -115,7 +113,9 @@ def test_linear_operations_by_their_matrices(name: str, p: float) -> None:
     if name == "pieces":
         x = torch.ones(1, *shape, dtype=torch.float64)
         doubled = 2**p * torch.cat([x[:, :1], x[:, :1] + x[:, 1:]], 1)
-        expected = float((last.weight.abs() ** p @ doubled.flatten() + last.bias.abs() ** p).sum())
+        expected = float(
+            (last.weight.detach().abs() ** p @ doubled.flatten() + last.bias.detach().abs() ** p).sum()
+        )
     assert of(model, *shape, p=p) ** p == pytest.approx(expected, rel=1e-12)
 
 
@@ -125,7 +125,7 @@ def _with_constants(name: str, last: nn.Linear, p: float) -> float:
         value = x / 3**p + 0.5**p * x + 0.25**p
     else:
         value = (2**p + x) @ torch.full((4, 2), 0.7**p, dtype=torch.float64)
-    return float((last.weight.abs() ** p @ value.flatten() + last.bias.abs() ** p).sum())
+    return float((last.weight.detach().abs() ** p @ value.flatten() + last.bias.detach().abs() ** p).sum())
 
 
 @pytest.mark.parametrize(
@@ -153,25 +153,30 @@ def test_a_maximum_has_a_path_from_each_place(pool: nn.Module, p: float) -> None
     assert of(model, *shape, p=p) ** p == pytest.approx(expected, rel=1e-12)
 
 
-def test_other_maxima() -> None:
-    x = torch.ones(1, 3, 4, dtype=torch.float64)
-    for function, expected in (
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
         (lambda t: t.amax(2), 12.0),
         (lambda t: t.max(2).values, 12.0),
         (lambda t: t.max(1, keepdim=True)[0], 12.0),
+        (lambda t: t.max().reshape(1, 1), 12.0),
         (lambda t: torch.maximum(t, 3 * t), 12 * 10.0),
         (lambda t: F.max_pool1d(t, 2), 12.0),
-        (lambda t: F.adaptive_max_pool1d(t, 2), 12.0),
+        (lambda t: F.adaptive_max_pool1d(t, 3), 3 * 6.0),
         (lambda t: F.avg_pool1d(t, 2), 6 * 2 / 4.0),
-        (lambda t: t.clamp(min=0).abs() * 0 + t.sub(2 * t, alpha=2), 12 * 17.0),
-    ):
-        problem = (
-            Problem(Formula(function), nn.MSELoss(), [(x, function(x))], parameters=None) if False else None
-        )
-        del problem
-        model = nn.Sequential(filled(nn.Identity()), Formula(function), Gain())
-        y = model(x).detach()
-        assert paths.path_sum(Problem(model, nn.MSELoss(), [(x, y)]), 2.0) == pytest.approx(expected)
+        (lambda t: t.clamp(min=0).abs().sub(2 * t, alpha=2), 12 * 17.0),
+        (lambda t: 5 - F.threshold(t, 0.0, 0.0), 12 * 26.0),
+        (lambda t: t.clone().add_(2).mul_(3).neg_().relu_(), 12 * 45.0),
+        (lambda t: t + torch.full_like(t, 2.0), 12 * 5.0),
+        (lambda t: F.max_pool3d(t[None], (1, 2, 2), stride=1), 6 * 4.0),
+    ],
+)
+def test_formulas(function, expected: float) -> None:
+    """Of 3 x 4 inputs, at p = 2."""
+    x = torch.ones(1, 3, 4, dtype=torch.float64)
+    model = nn.Sequential(Formula(function), Gain())
+    problem = Problem(model, nn.MSELoss(), [(x, model(x).detach())])
+    assert paths.path_sum(problem, 2.0) == pytest.approx(expected)
 
 
 class Gain(nn.Module):
@@ -183,3 +188,112 @@ class Gain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight
+
+
+def test_networks_by_their_layers() -> None:
+    """Residual blocks: the paths around and those through add up; a shared layer counts wherever it stands."""
+    body, head = filled(nn.Linear(3, 3)), filled(nn.Linear(3, 2, bias=False), seed=1)
+    W, b, V = (t.detach().abs() ** 2 for t in (body.weight, body.bias, head.weight))
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = body, head
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + torch.relu(self.body(x))
+            return self.head(x - torch.relu(self.body(x)))
+
+    x = torch.ones(3, dtype=torch.float64)
+    for _ in range(2):
+        x = x + W @ x + b
+    assert of(Residual(), 3) ** 2 == pytest.approx(float((V @ x).sum()), rel=1e-12)
+
+
+def test_a_residual_network_runs() -> None:
+    """Against float64 with the layers' own arithmetic: BatchNorm folded by hand, no maximum in it."""
+    model = filled(nets.resnet20(2, blocks=1))
+    folded = filled(nets.resnet20(2, blocks=1))
+    with torch.no_grad():
+        for part in folded.modules():
+            for norm in part.children():
+                if isinstance(norm, nn.BatchNorm2d):
+                    factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+                    shift = norm.bias - norm.running_mean * factor
+                    norm.running_mean.zero_()
+                    norm.running_var.fill_(1 - norm.eps)
+                    norm.weight.copy_(factor)
+                    norm.bias.copy_(shift)
+        for p in folded.parameters():
+            p.copy_(p.abs())
+    x = torch.ones(1, 3, 8, 8, dtype=torch.float64)
+    assert of(model, 3, 8, 8, p=1.0) == pytest.approx(float(folded.eval()(x).sum().detach()), rel=1e-9)
+
+
+def test_weight_norm_counts_as_the_weight_that_it_makes() -> None:
+    plain = filled(nn.Linear(4, 3))
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3).double())
+    normed.weight = plain.weight.detach().clone()
+    with torch.no_grad():
+        normed.bias.copy_(plain.bias)
+        normed.parametrizations.weight.original1.mul_(7.0)  # v -> 7 v, and the weight stays
+    assert of(normed, 4) == pytest.approx(of(plain, 4), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layer", "named"),
+    [
+        (nn.GELU(), "gelu"),
+        (nn.ReLU6(), "hardtanh"),
+        (nn.LayerNorm(4).double(), "layer_norm"),
+        (nn.Softmax(1), "softmax"),
+        (Formula(lambda x: x * x), "mul"),
+        (Formula(lambda x: x @ x.mT), "mm"),
+        (Formula(lambda x: 1 / x), "reciprocal"),
+        (Formula(lambda x: x * (x > 0)), "gt"),
+        (Formula(lambda x: x.clamp(min=-1)), "clamp"),
+        (Formula(lambda x: F.pad(x, (1, 0), value=1.0)[:, :4]), "constant_pad_nd"),
+        (Formula(lambda x: x if x.sum() > 0 else -x), "gt"),
+    ],
+    ids=str,
+)
+def test_other_operations_are_refused_and_named(layer: nn.Module, named: str) -> None:
+    model = nn.Sequential(filled(nn.Linear(4, 4)), layer)
+    with pytest.raises(Refused, match=f"rectifiers; aten.{named}|rectifiers; aten.native_{named}|_{named}"):
+        of(model, 4)
+
+
+def test_what_else_is_refused() -> None:
+    with pytest.raises(ValueError, match="allowed is a finite number >= 1"):
+        PathNorm(p=0.5)
+    tokens = torch.tensor([[0, 1], [1, 2]])
+    embedded = nn.Sequential(nn.Embedding(3, 2), nn.Flatten(), nn.Linear(4, 2)).double()
+    with pytest.raises(Refused, match="whole numbers"):
+        paths.path_sum(Problem(embedded, nn.CrossEntropyLoss(), [(tokens, torch.tensor([0, 1]))]), 2.0)
+    x, y = torch.randn(4, 2).double(), torch.tensor([0, 1, 1, 0])
+    norm = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).double()
+    with pytest.raises(Refused, match="mode='eval'"):
+        paths.path_sum(Problem(norm, nn.CrossEntropyLoss(), [(x, y)], mode="train"), 2.0)
+    box = Problem(norm, forward=lambda m, b: F.cross_entropy(m(b[0]), b[1]), data=[(x, y)])
+    with pytest.raises(Refused, match="output="):
+        landscape.measure(PathNorm(), box)
+    huge = nn.Linear(2, 2).double()
+    with torch.no_grad():
+        huge.weight.fill_(1e200)
+    with pytest.raises(Refused, match="overflows"):
+        paths.path_sum(Problem(huge, nn.CrossEntropyLoss(), [(x, y)]), 2.0)
+
+
+def test_the_data_do_not_matter_and_the_model_stays() -> None:
+    model = filled(nets.mlp([3, 4, 2]))
+    before = [p.clone() for p in model.parameters()]
+    assert of(model, 3, seed=0) == of(model, 3, seed=1)
+    for p, q in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, q)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    x, y = torch.randn(5, 3).double(), torch.tensor([0, 1, 1, 0, 1])
+    problem = Problem(model, nn.CrossEntropyLoss(), [(x, y)], parameters="0.weight")
+    moved = problem.at(2 * problem.parameters_vector())
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    assert paths.path_sum(moved, 2.0) == pytest.approx(of(model, 3) ** 2, rel=1e-12)

@@ -1,0 +1,260 @@
+"""The metrics in the units of the parameters, against dense float64: adaptive trace, spectral norm, sharpness."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, WITH_OUTPUTS, reference
+from cases_base import labels, normal
+from torch import Tensor, nn
+
+import landscape
+from landscape import Problem, Refused, ggn_trace, operators
+from landscape.linear_maps import Maps, Scale
+from landscape.metrics import AdaptiveSpectralNorm, AdaptiveTrace, NormalizedSharpness, SpectralNorm
+from landscape.metrics.base import Metric
+from landscape.testbeds import nets
+
+
+def of(metric: Metric, problem: Problem, seed: int = 0) -> float:
+    return float(landscape.evaluate(metric, problem, seed)[metric.headline])
+
+
+def network(activation: type[nn.Module] = nn.ReLU, sizes: tuple[int, ...] = (4, 6, 5, 3)) -> nn.Module:
+    model = nets.mlp(sizes, activation).double()
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(normal(*p.shape, seed=i) * 0.7)
+    return model
+
+
+def classified(model: nn.Module, *shape: int, cut: tuple[int, ...] = (4, 5), classes: int = 3) -> Problem:
+    x, y = normal(sum(cut), *shape, seed=50), labels(sum(cut), classes, seed=51)
+    return Problem(
+        model, nn.CrossEntropyLoss(), list(zip(torch.split(x, cut), torch.split(y, cut), strict=True))
+    )
+
+
+def dense(problem: Problem, curvature: str = "hessian") -> Tensor:
+    return operators.named(problem, curvature) @ torch.eye(problem.size, dtype=problem.dtype)
+
+
+# every case of the table
+
+
+@pytest.mark.parametrize("case", WITH_OUTPUTS, ids=lambda c: c.name)
+def test_the_diagonal_and_the_scaled_trace_of_every_case(case) -> None:
+    """By rules and per example, for one cut of the data and for single batches."""
+    expected = reference(case)
+    diagonal = expected.ggn.diagonal()
+    for sizes in (case.sizes, case.other_cuts()[0]):
+        problem = Problem(**case.arguments(sizes))
+        sums, weight = ggn_trace.diagonal_by_batch(problem, problem.batches)
+        scale = float(diagonal.abs().sum())
+        torch.testing.assert_close(sums / weight, diagonal, rtol=1e-9, atol=1e-13 * scale)
+        maps = [Scale(leaf.detach().reshape(-1)) for leaf in problem.leaves()]
+        parts, weights = ggn_trace.mapped_by_batch(problem, problem.batches, maps)
+        terms = expected.theta**2 * diagonal
+        blocks = [float(terms[a:b].sum()) for a, b in problem.space.ranges.values()]
+        np.testing.assert_allclose(
+            parts.sum(0) / weights.sum(), blocks, rtol=1e-9, atol=1e-13 * float(terms.abs().sum())
+        )
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.blackbox], ids=lambda c: c.name)
+def test_a_black_box_has_the_adaptive_trace_and_norm_but_no_diagonal(case) -> None:
+    problem, expected = Problem(**case.arguments()), reference(case)
+    scaled = expected.theta[:, None] * expected.hessian * expected.theta
+    assert of(AdaptiveTrace(), problem) == pytest.approx(float(scaled.trace()), rel=1e-9)
+    modulus = float(torch.linalg.eigvalsh(scaled).abs().max())
+    assert of(AdaptiveSpectralNorm(rtol=1e-8), problem) == pytest.approx(modulus, rel=1e-7)
+    with pytest.raises(Refused, match="output="):
+        of(NormalizedSharpness(), problem)
+
+
+# adaptive trace
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_the_exact_adaptive_trace(activation: type[nn.Module], curvature: str) -> None:
+    problem = classified(network(activation), 4)
+    theta = problem.parameters_vector()
+    terms = theta**2 * dense(problem, curvature).diagonal()
+    record = landscape.evaluate(AdaptiveTrace(curvature=curvature), problem)
+    assert float(record["adaptive_trace"]) == pytest.approx(float(terms.sum()), rel=1e-10)
+    blocks = [float(terms[a:b].sum()) for a, b in problem.space.ranges.values()]
+    np.testing.assert_allclose(record["layer_adaptive_trace"], blocks, rtol=1e-9)
+    assert float(record["adaptive_trace_stderr"]) == 0.0
+    assert bool(record["converged"])
+    smooth = activation is nn.Tanh and curvature == "hessian"
+    assert record.attrs["way"] == ("unit_vectors" if smooth else "layers")
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_convolutions_norms_and_frozen_parameters(moved: bool) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 2, bias=False),
+        nn.GroupNorm(1, 3), nn.LeakyReLU(), nn.Flatten(), nn.Linear(3, 3),
+    ).double()  # fmt: skip
+    x, y = normal(7, 2, 7, 7, seed=3), labels(7, 3)
+    problem = Problem(model, nn.CrossEntropyLoss(), [(x, y)], parameters=["0", "1.weight", "4", "8.bias"])
+    if moved:
+        problem = problem.at(normal(problem.size, seed=9))
+    theta = problem.parameters_vector()
+    H = dense(problem)
+    assert of(AdaptiveTrace(method="exact"), problem) == pytest.approx(
+        float((theta**2 * H.diagonal()).sum()), rel=1e-9
+    )
+    values = torch.linalg.eigvalsh(theta[:, None] * H * theta)
+    assert of(AdaptiveSpectralNorm(rtol=1e-9), problem) == pytest.approx(float(values.abs().max()), rel=1e-7)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_the_interval_of_probes_covers_the_truth(curvature: str) -> None:
+    """100 runs: fewer than 86 inside has probability 2e-4 where 95 % are inside (binomial)."""
+    problem = classified(network(nn.Tanh), 4)
+    truth = float((problem.parameters_vector() ** 2 * dense(problem, curvature).diagonal()).sum())
+    inside = 0
+    for seed in range(100):
+        metric = AdaptiveTrace(curvature=curvature, method="hutchinson", rtol=0.0, max_probes=16)
+        record = landscape.evaluate(metric, problem, seed)
+        off = float(record["adaptive_trace"]) - truth
+        inside += abs(off) <= 1.96 * float(record["adaptive_trace_stderr"])
+        assert not bool(record["converged"])
+    assert inside >= 86
+
+
+def test_more_probes_until_the_tolerance() -> None:
+    problem = classified(network(nn.Tanh), 4)
+    record = landscape.evaluate(AdaptiveTrace(curvature="ggn", method="hutchinson", rtol=0.02), problem)
+    assert bool(record["converged"])
+    assert float(record["adaptive_trace_stderr"]) <= 0.02 * float(record["adaptive_trace"])
+    assert len(record["done"]) in {16 << i for i in range(7)}
+
+
+def test_average_and_worst_sharpness_to_second_order() -> None:
+    """E L(θ + ρ θ⊙N) - L(θ) = ρ²/2 of the trace, exactly for a quadratic; the worst is ρ²/2 of the largest."""
+    A = normal(5, 5, seed=1)
+    A = A @ A.T
+    theta = normal(5, seed=2)
+    problem = Problem(
+        lambda p, x: (p["a"] - theta) @ A @ (p["a"] - theta) / 2 + 0 * x.sum(),
+        lambda f, y: f + 0 * y.sum(),
+        [(torch.zeros(1, 1).double(), torch.zeros(1).double())],
+        parameters={"a": theta.clone()},
+        weight=lambda batch: 1.0,
+    )
+    rho = 0.3
+    draws = rho * theta * normal(40000, 5, seed=3)
+    rises = torch.einsum("ki,ij,kj->k", draws, A, draws) / 2
+    average = rho**2 / 2 * of(AdaptiveTrace(), problem)
+    assert float(rises.mean()) == pytest.approx(average, abs=5 * float(rises.std()) / 200)
+    directions = nn.functional.normalize(normal(40000, 5, seed=4)) * rho * theta
+    worst = rho**2 / 2 * of(AdaptiveSpectralNorm(rtol=1e-9), problem)
+    found = float((torch.einsum("ki,ij,kj->k", directions, A, directions) / 2).max())
+    assert 0.9 * worst <= found <= worst * (1 + 1e-9)
+
+
+# adaptive spectral norm
+
+
+@pytest.mark.parametrize(
+    ("method", "curvature"),
+    [("power", "hessian"), *(("lanczos", c) for c in ("hessian", "ggn", "fisher", "empirical_fisher"))],
+)
+def test_both_ends_within_their_residuals(method: str, curvature: str) -> None:
+    problem = classified(network(nn.Tanh), 4)
+    theta = problem.parameters_vector()
+    values = torch.linalg.eigvalsh(theta[:, None] * dense(problem, curvature) * theta)
+    metric = AdaptiveSpectralNorm(method=method, curvature=curvature, rtol=1e-5, max_matvecs=5000)
+    record = landscape.evaluate(metric, problem)
+    assert bool(record["converged"])
+    assert float(record["adaptive_spectral_norm"]) == pytest.approx(float(values.abs().max()), rel=1e-5)
+    for end, value in (("max", values[-1]), ("min", values[0])):
+        stated = float(record[f"eigenvalue_{end}_residual_norm"])
+        assert abs(float(record[f"eigenvalue_{end}"]) - float(value)) <= stated + 1e-14
+
+
+def test_one_layers_block() -> None:
+    problem = classified(network(), 4)
+    start, stop = problem.space.ranges["2.weight"]
+    theta, H = problem.parameters_vector()[start:stop], dense(problem)[start:stop, start:stop]
+    expected = float(torch.linalg.eigvalsh(theta[:, None] * H * theta).abs().max())
+    assert of(AdaptiveSpectralNorm(layer="2.weight", rtol=1e-9), problem) == pytest.approx(expected, rel=1e-8)
+    assert of(SpectralNorm(layer="2.weight", rtol=1e-9), problem) != pytest.approx(expected, rel=0.1)
+
+
+def test_scaled_operators() -> None:
+    problem = classified(network(), 4)
+    d, A = normal(problem.size, seed=8), landscape.hessian(problem)
+    dense_scaled = d[:, None] * dense(problem) * d
+    block = A.scaled(d) @ torch.eye(problem.size, dtype=torch.float64)
+    torch.testing.assert_close(block, dense_scaled, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(A.scaled(d) @ d, dense_scaled @ d, rtol=1e-12, atol=1e-13)
+    with pytest.raises(ValueError, match=r"shape \(83,\); allowed is \(64,\)"):
+        landscape.hessian(classified(network(sizes=(4, 5, 4, 3)), 4)).scaled(d)
+
+
+# normalized sharpness
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_normalized_sharpness_is_the_minimum_over_scales(activation: type[nn.Module]) -> None:
+    problem = classified(network(activation), 4, cut=(3,) * 17)
+    diagonal, theta = dense(problem, "ggn").diagonal(), problem.parameters_vector()
+    record = landscape.evaluate(NormalizedSharpness(), problem)
+    value = float(record["normalized_sharpness"])
+    assert value == pytest.approx(float((2 * theta.abs() * diagonal.clamp(min=0).sqrt()).sum()), rel=1e-9)
+    assert float(record["layer_normalized_sharpness"].sum()) == pytest.approx(value, rel=1e-12)
+    live = (diagonal > 1e-12) & (theta != 0)
+    best = (theta.abs() / diagonal.sqrt())[live]  # σ²
+
+    def bound(squares: Tensor) -> float:
+        return float((diagonal[live] * squares + theta[live] ** 2 / squares).sum())
+
+    assert bound(best) == pytest.approx(value, rel=1e-6)
+    for seed in range(5):
+        assert bound(best * (0.1 * normal(len(best), seed=seed)).exp()) > bound(best)
+
+
+def test_where_the_network_is_piecewise_linear_it_is_the_hessians() -> None:
+    problem = classified(network(nn.ReLU), 4)
+    diagonal, theta = dense(problem).diagonal(), problem.parameters_vector()
+    expected = float((2 * theta.abs() * diagonal.clamp(min=0).sqrt()).sum())
+    assert of(NormalizedSharpness(), problem) == pytest.approx(expected, rel=1e-7)
+
+
+def test_a_loss_that_is_not_convex_has_no_normalized_sharpness() -> None:
+    model = network()
+    x = normal(6, 4)
+    problem = Problem(model, lambda f, y: (f - y).cos().mean(0).sum(), [(x, model(x).detach())])
+    with pytest.raises(Refused, match="not convex"):
+        of(NormalizedSharpness(), problem)
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda: AdaptiveTrace(method="xtrace"), "allowed is 'auto', 'exact' or 'hutchinson'"),
+        (lambda: AdaptiveTrace(rtol=-1), "allowed is a number >= 0"),
+        (lambda: AdaptiveTrace(max_probes=1), "allowed is a number >= 2"),
+        (lambda: AdaptiveSpectralNorm(rtol=1.0), "allowed is 0 <= rtol < 1"),
+        (lambda: AdaptiveSpectralNorm(curvature="input_hessian"), "allowed is"),
+    ],
+)
+def test_what_is_refused(made, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        made()
+
+
+def test_maps_of_several_tensors() -> None:
+    maps = Maps([Scale(normal(3)), Scale(normal(2, seed=1))])
+    L = maps.push(torch.eye(5, dtype=torch.float64))
+    assert maps.size == 5
+    assert maps.ranges == [(0, 3), (3, 5)]
+    torch.testing.assert_close(maps.pull(torch.eye(5, dtype=torch.float64), [3, 2]), L.T)
