@@ -111,19 +111,52 @@ def test_convolutions_norms_and_frozen_parameters(moved: bool) -> None:
     assert of(AdaptiveSpectralNorm(rtol=1e-9), problem) == pytest.approx(float(values.abs().max()), rel=1e-7)
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
-def test_the_interval_of_probes_covers_the_truth(curvature: str) -> None:
-    """100 runs: fewer than 86 inside has probability 2e-4 where 95 % are inside (binomial)."""
+@pytest.mark.parametrize(
+    ("way", "options", "columns"),
+    [
+        ("probes", {"method": "hutchinson"}, 64),
+        ("output_probes", {"method": "hutchinson", "curvature": "ggn"}, 64),
+        ("residual", {}, 64),
+        ("residual", {}, 0),
+    ],
+)
+def test_the_interval_of_probes_covers_the_truth(
+    way: str, options: dict[str, str], columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """60 runs: fewer than 49 inside has probability 5e-5 where 95 % are inside (binomial)."""
+    monkeypatch.setattr("landscape.metrics.base_trace._MOST_COLUMNS", columns)
     problem = classified(network(nn.Tanh), 4)
-    truth = float((problem.parameters_vector() ** 2 * dense(problem, curvature).diagonal()).sum())
-    inside = 0
-    for seed in range(100):
-        metric = AdaptiveTrace(curvature=curvature, method="hutchinson", rtol=0.0, max_probes=16)
+    metric = AdaptiveTrace(rtol=0.0, max_probes=16, **options)
+    terms = problem.parameters_vector() ** 2 * dense(problem, metric.curvature).diagonal()
+    truth, inside, spread = float(terms.sum()), 0, []
+    for seed in range(60):
         record = landscape.evaluate(metric, problem, seed)
+        assert record.attrs["way"] == way
+        assert ("exact_layer_part" in record, "output_samples" in record) == (
+            way == "residual" and columns > 0,
+            columns == 0,
+        )
         off = float(record["adaptive_trace"]) - truth
         inside += abs(off) <= 1.96 * float(record["adaptive_trace_stderr"])
+        spread.append(float(record["adaptive_trace_stderr"]))
         assert not bool(record["converged"])
-    assert inside >= 86
+        assert record["layer_adaptive_trace"].sum() == pytest.approx(float(record["adaptive_trace"]))
+    assert inside >= 49
+    assert np.median(spread) < 2 * float(terms.abs().sum())
+
+
+def test_a_weight_norm_whose_second_derivative_is_wrong() -> None:
+    """Its products are made by differences; the residual beside G must be H - G all the same."""
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3)
+    ).double()
+    problem = classified(model, 4)
+    truth = float((problem.parameters_vector() ** 2 * dense(problem).diagonal()).sum())
+    record = landscape.evaluate(AdaptiveTrace(rtol=0.0, max_probes=32), problem)
+    assert record.attrs["way"] == "residual"
+    off = float(record["adaptive_trace"]) - truth
+    assert abs(off) <= 4 * float(record["adaptive_trace_stderr"])  # one draw: 2.6 in 100 000
+    assert problem.product_checks["hessian"].products == "difference"
 
 
 def test_more_probes_until_the_tolerance() -> None:

@@ -147,17 +147,17 @@ def test_an_embedding_is_a_layer_on_unit_vectors() -> None:
 
 
 def test_the_interval_of_probes_covers_the_truth() -> None:
-    """100 runs: fewer than 86 inside has probability 2e-4 where 95 % are inside (binomial)."""
+    """60 runs: fewer than 49 inside has probability 5e-5 where 95 % are inside (binomial)."""
     problem = classified(network(nn.Tanh), 4)
     truth = of(RelativeFlatness(layer="2.weight", method="exact"), problem)
     metric = RelativeFlatness(layer="2.weight", method="hutchinson", rtol=0.0, max_probes=16)
     inside = 0
-    for seed in range(100):
+    for seed in range(60):
         record = landscape.evaluate(metric, problem, seed)
         inside += abs(float(record["relative_flatness"]) - truth) <= 1.96 * float(
             record["relative_flatness_stderr"]
         )
-    assert inside >= 86
+    assert inside >= 49
 
 
 def test_a_part_of_a_problem_on_other_data_keeps_them() -> None:

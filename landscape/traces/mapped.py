@@ -47,13 +47,14 @@ def diagonal(problem: Problem, maps: Maps, plan: Plan, block: range) -> np.ndarr
 def output_samples(
     problem: Problem, maps: Maps, plan: Plan, generators: Sequence[torch.Generator]
 ) -> np.ndarray:
-    """Output-space probes of LᵀGL, (k, layers)."""
+    """Output-space probes of LᵀGL, the mean of `plan.outputs` per generator, (k, layers)."""
     found, weights = np.zeros((len(generators), len(problem.names))), 0.0
     for part, weight in problem.split(plan.output_examples):
-        found += weight * ggn_trace.sampled(part, generators, maps.each)
+        for _ in range(plan.outputs):
+            found += weight * ggn_trace.sampled(part, generators, maps.each)
         weights += weight
-    problem.cost.gradients += len(generators)
-    return found / weights
+    problem.cost.gradients += plan.outputs * len(generators)
+    return found / (weights * plan.outputs)
 
 
 def applied(problem: Problem, maps: Maps, product: Product, Z: Tensor) -> Tensor:
