@@ -5,6 +5,7 @@ Here stands which examples go through the model together, which rules hold, and 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -227,10 +228,13 @@ class Passes:
             for i, squared in zip(chosen, found, strict=True):
                 self.blocks[i] += float((squared.double() * signs).sum())
         else:
-            for one, s, sign in zip(pieces, cotangents, signs, strict=True):
-                slopes = self.fallback.gradients(one, chosen, heads, s)
+            each = sum(self.problem.space.sizes[i] for i in chosen) * self.problem.dtype.itemsize
+            step = max(1, self.memory // each)
+            for n, k in itertools.product(range(count), range(0, len(flats), step)):
+                slopes = self.fallback.gradients(pieces[n], chosen, heads, cotangents[n, k : k + step])
                 for i, slope in zip(chosen, slopes, strict=True):
-                    self.blocks[i] += self.reading.of_gradients(i, slope[None], sign[None])
+                    read = self.reading.of_gradients(i, slope[None], signs[n : n + 1, k : k + step])
+                    self.blocks[i] += read
         for i in chosen:
             self.rules[i].add(self.fallback.name)
 

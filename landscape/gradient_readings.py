@@ -47,11 +47,11 @@ class Reading(ABC):
             left = torch.stack([uses[0].left(one, 0, uses[0].examples)[:, 0, :, 0] for one in g[0]], 1)
             return self.of_rows(index, left, right, signs)
         total: Any = 0.0
-        for lo, hi in _steps(uses[0], len(g[0]), g[0][0].element_size(), memory):
-            gradients = uses[0].gradients(g[0], lo, hi)
+        for rows, columns in _steps(uses[0], len(g[0]), g[0][0].element_size(), memory):
+            gradients = uses[0].gradients(g[0][columns], rows.start, rows.stop)
             for use, one in zip(uses[1:], g[1:], strict=True):
-                gradients += use.gradients(one, lo, hi)
-            total = total + self.of_gradients(index, gradients, signs[lo:hi])
+                gradients += use.gradients(one[columns], rows.start, rows.stop)
+            total = total + self.of_gradients(index, gradients, signs[rows, columns])
         return total
 
 
@@ -99,7 +99,11 @@ def _one_row(use: Outer) -> bool:
     )
 
 
-def _steps(use: Use, K: int, width: int, memory: int) -> Iterator[tuple[int, int]]:
-    step = max(1, memory // max(1, 2 * K * math.prod(use.shape) * width))
+def _steps(use: Use, K: int, width: int, memory: int) -> Iterator[tuple[slice, slice]]:
+    """Examples and columns whose gradients, and as much again, fit into the memory; at least one of each."""
+    fit = max(1, memory // (2 * math.prod(use.shape) * width))
+    columns = min(K, fit)
+    step = max(1, fit // columns)
     for lo in range(0, use.examples, step):
-        yield lo, min(lo + step, use.examples)
+        for first in range(0, K, columns):
+            yield slice(lo, min(lo + step, use.examples)), slice(first, min(first + columns, K))

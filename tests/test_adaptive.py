@@ -62,6 +62,21 @@ def test_the_diagonal_and_the_scaled_trace_of_every_case(case) -> None:
         )
 
 
+def test_little_memory_changes_nothing_but_the_steps() -> None:
+    """One column of one example at a time, by rules and per example."""
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double()
+    problem = classified(model, 2, 5)
+    whole, _ = ggn_trace.diagonal_by_batch(problem, problem.batches)
+    little, _ = ggn_trace.diagonal_by_batch(problem, problem.batches, memory=1)
+    torch.testing.assert_close(little, whole, rtol=1e-12, atol=1e-15)
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Linear(5, 3)).double()
+    problem = classified(normed, 4)
+    whole, _ = ggn_trace.diagonal_by_batch(problem, problem.batches)
+    little, weight = ggn_trace.diagonal_by_batch(problem, problem.batches, memory=1)
+    torch.testing.assert_close(little, whole, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(little / weight, dense(problem, "ggn").diagonal(), rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.blackbox], ids=lambda c: c.name)
 def test_a_black_box_has_the_adaptive_trace_and_norm_but_no_diagonal(case) -> None:
     problem, expected = Problem(**case.arguments()), reference(case)

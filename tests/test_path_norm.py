@@ -297,3 +297,29 @@ def test_the_data_do_not_matter_and_the_model_stays() -> None:
     with torch.no_grad():
         model[0].weight.mul_(2)
     assert paths.path_sum(moved, 2.0) == pytest.approx(of(model, 3) ** 2, rel=1e-12)
+
+
+def test_batches_of_any_structure() -> None:
+    """Several inputs, by position, by name, and taken out of the batch by the user; all are ones."""
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = filled(nn.Linear(2, 3)), filled(nn.Linear(4, 3), seed=1)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return torch.cat([self.a(a), torch.relu(self.b(b))], 1)
+
+    model, y = Sum(), torch.tensor([0, 1, 2])
+    a, b = torch.randn(3, 2).double(), torch.randn(3, 4).double()
+    expected = sum(float((p.detach() ** 2).sum()) for p in model.parameters())
+    problems = [
+        Problem(model, nn.CrossEntropyLoss(), [((a, b), y)]),
+        Problem(model, nn.CrossEntropyLoss(), [({"a": a, "b": b}, y)]),
+        Problem(
+            model, nn.CrossEntropyLoss(), [{"one": a, "two": b, "y": y}],
+            output=lambda m, batch: m(batch["one"], batch["two"]), target=lambda batch: batch["y"],
+        ),
+    ]  # fmt: skip
+    for problem in problems:
+        assert paths.path_sum(problem, 2.0) == pytest.approx(expected, rel=1e-12)

@@ -27,7 +27,7 @@ class NormalizedSharpness(SequentialMetric):
     σ is the spread of a Gaussian posterior: the first term is its loss to second order, the second its distance
     to the prior. G is the Gauss-Newton matrix, whose diagonal is not negative for a convex loss, and is the
     Hessian's where the network is piecewise linear in each parameter tensor. Tsuzuku et al. give the scales
-    of a matrix only a factor for each row and each column; then the minimum is larger.
+    of a matrix only a factor for each row and each column, with a minimum that is not smaller.
 
     Source: Tsuzuku, Sato & Sugiyama 2020 (arXiv 1901.04653).
     """
