@@ -1,4 +1,4 @@
-"""The metrics in the units of the parameters, against dense float64: adaptive trace, spectral norm, sharpness."""
+"""The adaptive trace, and what it is made of, against dense float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import landscape
 from landscape import Problem, Refused, ggn_trace, operators
 from landscape.linear_maps import Maps, Scale
-from landscape.metrics import AdaptiveSpectralNorm, AdaptiveTrace, NormalizedSharpness, SpectralNorm
+from landscape.metrics import AdaptiveSpectralNorm, AdaptiveTrace, NormalizedSharpness
 from landscape.metrics.base import Metric
 from landscape.testbeds import nets
 
@@ -138,13 +138,13 @@ def test_convolutions_norms_and_frozen_parameters(moved: bool) -> None:
 def test_the_interval_of_probes_covers_the_truth(
     way: str, options: dict[str, str], columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """60 runs: fewer than 49 inside has probability 5e-5 where 95 % are inside (binomial)."""
+    """40 runs: fewer than 32 inside has probability 3e-4 where 95 % are inside (binomial)."""
     monkeypatch.setattr("landscape.metrics.base_trace._MOST_COLUMNS", columns)
     problem = classified(network(nn.Tanh), 4)
     metric = AdaptiveTrace(rtol=0.0, max_probes=16, **options)
     terms = problem.parameters_vector() ** 2 * dense(problem, metric.curvature).diagonal()
     truth, inside, spread = float(terms.sum()), 0, []
-    for seed in range(60):
+    for seed in range(40):
         record = landscape.evaluate(metric, problem, seed)
         assert record.attrs["way"] == way
         assert ("exact_layer_part" in record, "output_samples" in record) == (
@@ -156,7 +156,7 @@ def test_the_interval_of_probes_covers_the_truth(
         spread.append(float(record["adaptive_trace_stderr"]))
         assert not bool(record["converged"])
         assert record["layer_adaptive_trace"].sum() == pytest.approx(float(record["adaptive_trace"]))
-    assert inside >= 49
+    assert inside >= 32
     assert np.median(spread) < 2 * float(terms.abs().sum())
 
 
@@ -203,83 +203,6 @@ def test_average_and_worst_sharpness_to_second_order() -> None:
     worst = rho**2 / 2 * of(AdaptiveSpectralNorm(rtol=1e-9), problem)
     found = float((torch.einsum("ki,ij,kj->k", directions, A, directions) / 2).max())
     assert 0.9 * worst <= found <= worst * (1 + 1e-9)
-
-
-# adaptive spectral norm
-
-
-@pytest.mark.parametrize(
-    ("method", "curvature"),
-    [("power", "hessian"), *(("lanczos", c) for c in ("hessian", "ggn", "fisher", "empirical_fisher"))],
-)
-def test_both_ends_within_their_residuals(method: str, curvature: str) -> None:
-    problem = classified(network(nn.Tanh), 4)
-    theta = problem.parameters_vector()
-    values = torch.linalg.eigvalsh(theta[:, None] * dense(problem, curvature) * theta)
-    metric = AdaptiveSpectralNorm(method=method, curvature=curvature, rtol=1e-5, max_matvecs=5000)
-    record = landscape.evaluate(metric, problem)
-    assert bool(record["converged"])
-    assert float(record["adaptive_spectral_norm"]) == pytest.approx(float(values.abs().max()), rel=1e-5)
-    for end, value in (("max", values[-1]), ("min", values[0])):
-        stated = float(record[f"eigenvalue_{end}_residual_norm"])
-        assert abs(float(record[f"eigenvalue_{end}"]) - float(value)) <= stated + 1e-14
-
-
-def test_one_layers_block() -> None:
-    problem = classified(network(), 4)
-    start, stop = problem.space.ranges["2.weight"]
-    theta, H = problem.parameters_vector()[start:stop], dense(problem)[start:stop, start:stop]
-    expected = float(torch.linalg.eigvalsh(theta[:, None] * H * theta).abs().max())
-    assert of(AdaptiveSpectralNorm(layer="2.weight", rtol=1e-9), problem) == pytest.approx(expected, rel=1e-8)
-    assert of(SpectralNorm(layer="2.weight", rtol=1e-9), problem) != pytest.approx(expected, rel=0.1)
-
-
-def test_scaled_operators() -> None:
-    problem = classified(network(), 4)
-    d, A = normal(problem.size, seed=8), landscape.hessian(problem)
-    dense_scaled = d[:, None] * dense(problem) * d
-    block = A.scaled(d) @ torch.eye(problem.size, dtype=torch.float64)
-    torch.testing.assert_close(block, dense_scaled, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(A.scaled(d) @ d, dense_scaled @ d, rtol=1e-12, atol=1e-13)
-    with pytest.raises(ValueError, match=r"shape \(83,\); allowed is \(64,\)"):
-        landscape.hessian(classified(network(sizes=(4, 5, 4, 3)), 4)).scaled(d)
-
-
-# normalized sharpness
-
-
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
-def test_normalized_sharpness_is_the_minimum_over_scales(activation: type[nn.Module]) -> None:
-    problem = classified(network(activation), 4, cut=(3,) * 17)
-    diagonal, theta = dense(problem, "ggn").diagonal(), problem.parameters_vector()
-    record = landscape.evaluate(NormalizedSharpness(), problem)
-    value = float(record["normalized_sharpness"])
-    assert value == pytest.approx(float((2 * theta.abs() * diagonal.clamp(min=0).sqrt()).sum()), rel=1e-9)
-    assert float(record["layer_normalized_sharpness"].sum()) == pytest.approx(value, rel=1e-12)
-    live = (diagonal > 1e-12) & (theta != 0)
-    best = (theta.abs() / diagonal.sqrt())[live]  # σ²
-
-    def bound(squares: Tensor) -> float:
-        return float((diagonal[live] * squares + theta[live] ** 2 / squares).sum())
-
-    assert bound(best) == pytest.approx(value, rel=1e-6)
-    for seed in range(5):
-        assert bound(best * (0.1 * normal(len(best), seed=seed)).exp()) > bound(best)
-
-
-def test_where_the_network_is_piecewise_linear_it_is_the_hessians() -> None:
-    problem = classified(network(nn.ReLU), 4)
-    diagonal, theta = dense(problem).diagonal(), problem.parameters_vector()
-    expected = float((2 * theta.abs() * diagonal.clamp(min=0).sqrt()).sum())
-    assert of(NormalizedSharpness(), problem) == pytest.approx(expected, rel=1e-7)
-
-
-def test_a_loss_that_is_not_convex_has_no_normalized_sharpness() -> None:
-    model = network()
-    x = normal(6, 4)
-    problem = Problem(model, lambda f, y: (f - y).cos().mean(0).sum(), [(x, model(x).detach())])
-    with pytest.raises(Refused, match="not convex"):
-        of(NormalizedSharpness(), problem)
 
 
 # bad input
