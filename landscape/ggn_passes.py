@@ -5,6 +5,7 @@ Here stands which examples go through the model together, which rules hold, and 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from landscape import output_curvature, per_example, seeds
 from landscape.capture import Capture
 from landscape.curvature_columns import Columns, CrossEntropy
 from landscape.example_norms import single, squares
+from landscape.gradient_readings import Reading
 from landscape.output_curvature import Ending, Outputs
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class Passes:
     Args:
         problem: with outputs.
         memory: bytes for output gradients and for explicit per-example gradients, each.
+        reading: what is read off per-example gradients; by default their squared norms.
 
     Attributes:
         rules: for each parameter tensor, how its norms were made.
@@ -46,9 +49,9 @@ class Passes:
         examples: that were passed.
     """
 
-    def __init__(self, problem: Problem, memory: int):
-        self.problem, self.memory = problem, memory
-        self.blocks = np.zeros(len(problem.names))
+    def __init__(self, problem: Problem, memory: int, reading: Reading | None = None):
+        self.problem, self.memory, self.reading = problem, memory, reading
+        self.blocks: list[Any] = [0.0] * len(problem.names)
         self.rules: list[set[str]] = [set() for _ in problem.names]
         self.columns = 0
         self.confirmed: set[tuple[int, Any]] = set()  # (parameter, its uses) that need no further test
@@ -59,11 +62,11 @@ class Passes:
         self.tested = False  # whether the loss was found to be what it looks like
         self.work, self.examples = 0, 0
 
-    def over(self, batches: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each batch the sums over its terms (batches, tensors), and its weight (batches,)."""
+    def over(self, batches: Iterable[Any]) -> tuple[list[list[Any]], np.ndarray]:
+        """Return for each batch the sums over its terms, of each tensor, and its weight (batches,)."""
         sums, weights = [], []
         for batch in batches:
-            self.blocks, total = np.zeros(len(self.problem.names)), 0.0
+            self.blocks, total = [0.0] * len(self.problem.names), 0.0
             for whole in self.problem.evaluator.cut([batch]):
                 if self.problem.evaluator.weigh(whole) == 0:
                     continue
@@ -73,7 +76,7 @@ class Passes:
                         total += weight
             sums.append(self.blocks)
             weights.append(total)
-        return np.array(sums), np.array(weights)
+        return sums, np.array(weights)
 
     def _cut(self, batch: Any) -> Iterator[Any]:
         """Cut a micro-batch evenly, so that output gradients fit into the memory, and near the processor."""
@@ -183,7 +186,7 @@ class Passes:
         if not ruled:
             return
         # Where an example has one row, the norm of its output gradient is enough, and the gradient is let go.
-        factors = {i: single(capture.uses[i]) for i in ruled}
+        factors = {i: single(capture.uses[i]) if self.reading is None else None for i in ruled}
         held = {use.call for i in ruled if factors[i] is None for use in capture.uses[i]}
         measured = {capture.uses[i][0].call for i in ruled if factors[i] is not None}
         at: dict[int, list[Tensor]] = {call: [] for call in held}
@@ -202,12 +205,15 @@ class Passes:
             reached = [use for use in capture.uses[i] if at.get(use.call) or norms.get(use.call)]
             if not reached:
                 continue
+            self.rules[i].update(use.kind for use in reached)
             if (factor := factors[i]) is not None:
                 self.blocks[i] += float(summed[reached[0].call] @ factor.to(signs))
+                continue
+            slopes = [at[use.call] for use in reached]
+            if self.reading is None:
+                self.blocks[i] += float((squares(reached, slopes, self.memory).double() * signs).sum())
             else:
-                squared = squares(reached, [at[use.call] for use in reached], self.memory)
-                self.blocks[i] += float((squared.double() * signs).sum())
-            self.rules[i].update(use.kind for use in reached)
+                self.blocks[i] += self.reading.of_uses(i, reached, slopes, signs, self.memory)
 
     def _by_examples(self, piece: Any, outputs: Outputs, flats: list[Tensor], signs: Tensor) -> None:
         if not self.refuted:
@@ -216,9 +222,20 @@ class Passes:
         count = outputs.examples
         pieces = [batching.cut(piece, i, i + 1) for i in range(count)] if count > 1 else [piece]
         heads = [i for i, t in enumerate(batching.tensors(outputs.nest)) if t.requires_grad]
-        found = self.fallback.squares(pieces, chosen, heads, torch.stack(flats, 1))
-        for i, squared in zip(chosen, found, strict=True):
-            self.blocks[i] += float((squared.double() * signs).sum())
+        cotangents = torch.stack(flats, 1)
+        if self.reading is None:
+            found = self.fallback.squares(pieces, chosen, heads, cotangents)
+            for i, squared in zip(chosen, found, strict=True):
+                self.blocks[i] += float((squared.double() * signs).sum())
+        else:
+            each = sum(self.problem.space.sizes[i] for i in chosen) * self.problem.dtype.itemsize
+            step = max(1, self.memory // each)
+            for n, k in itertools.product(range(count), range(0, len(flats), step)):
+                slopes = self.fallback.gradients(pieces[n], chosen, heads, cotangents[n, k : k + step])
+                for i, slope in zip(chosen, slopes, strict=True):
+                    read = self.reading.of_gradients(i, slope[None], signs[n : n + 1, k : k + step])
+                    self.blocks[i] += read
+        for i in chosen:
             self.rules[i].add(self.fallback.name)
 
 

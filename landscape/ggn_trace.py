@@ -23,6 +23,8 @@ from torch import Tensor
 
 from landscape.curvature_columns import CrossEntropy
 from landscape.ggn_passes import Passes, columns_of, examples_of, few_of, outputs_of
+from landscape.gradient_readings import MappedNorms, Squares
+from landscape.linear_maps import Map
 from landscape.output_curvature import Outputs
 
 if TYPE_CHECKING:
@@ -91,7 +93,58 @@ def by_batch(
     """
     problem.require_outputs("the exact trace of the generalized Gauss-Newton matrix")
     with problem.session():
-        return Passes(problem, memory).over(batches)
+        sums, weights = Passes(problem, memory).over(batches)
+        return np.array(sums), weights
+
+
+def mapped_by_batch(
+    problem: Problem, batches: Iterable[Any], maps: Sequence[Map], *, memory: int = MEMORY
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the traces of Lᵀ G L as `by_batch` those of G, L = blockdiag of a map for each parameter tensor.
+
+    Args:
+        problem: as for `exact`.
+        batches: some of its batches.
+        maps: L, one for each parameter tensor.
+        memory: as for `exact`.
+
+    Returns:
+        As `by_batch`.
+
+    Raises:
+        Refused: as `exact`.
+    """
+    problem.require_outputs("the exact trace of the generalized Gauss-Newton matrix")
+    with problem.session():
+        sums, weights = Passes(problem, memory, MappedNorms(maps)).over(batches)
+        return np.array(sums), weights
+
+
+def diagonal_by_batch(
+    problem: Problem, batches: Iterable[Any], *, memory: int = MEMORY
+) -> tuple[Tensor, float]:
+    """Compute the diagonal of G without sampling, summed over some batches.
+
+    Args:
+        problem: as for `exact`.
+        batches: some of its batches.
+        memory: as for `exact`.
+
+    Returns:
+        The sum over the batches' terms, float64 (n,), and the sum of their weights; the diagonal of G is
+        Σ sums / Σ weights over all batches.
+
+    Raises:
+        Refused: as `exact`.
+    """
+    problem.require_outputs("the diagonal of the generalized Gauss-Newton matrix")
+    with problem.session():
+        sums, weights = Passes(problem, memory, Squares()).over(batches)
+    total = torch.zeros(problem.size, dtype=torch.float64, device=problem.device)
+    for row in sums:
+        for (start, stop), part in zip(problem.space.ranges.values(), row, strict=True):
+            total[start:stop] += part.reshape(-1) if isinstance(part, Tensor) else part
+    return total, float(weights.sum())
 
 
 def columns(problem: Problem) -> int:
@@ -113,7 +166,9 @@ def columns(problem: Problem) -> int:
             return columns_of(problem, outputs, piece, weight, tested=True).count if outputs.heads else 0
 
 
-def sampled(problem: Problem, generators: Sequence[torch.Generator]) -> np.ndarray:
+def sampled(
+    problem: Problem, generators: Sequence[torch.Generator], maps: Sequence[Map] | None = None
+) -> np.ndarray:
     """Estimate the trace of each diagonal block from random combinations of columns.
 
     One sample is (1/W) Σ_b ‖J_bᵀ Σ_ic r_ic s_ic‖² over micro-batches b with independent random signs r: its
@@ -124,6 +179,7 @@ def sampled(problem: Problem, generators: Sequence[torch.Generator]) -> np.ndarr
     Args:
         problem: with outputs.
         generators: one per sample.
+        maps: L of each parameter tensor, for the traces of LᵀGL; by default the identity.
 
     Returns:
         float64 (samples, parameter tensors).
@@ -146,21 +202,28 @@ def sampled(problem: Problem, generators: Sequence[torch.Generator]) -> np.ndarr
                 tested = isinstance(parts, CrossEntropy)
                 for row, stream in zip(found, generators, strict=True):
                     for flat, sign in parts.drawn(stream):
-                        row[:] += sign * _squared_gradients(outputs, leaves, flat)
+                        row[:] += sign * _squared_gradients(outputs, leaves, flat, maps)
     return found / weights
 
 
-def _squared_gradients(outputs: Outputs, leaves: Sequence[Tensor], flat: Tensor) -> np.ndarray:
+def _squared_gradients(
+    outputs: Outputs, leaves: Sequence[Tensor], flat: Tensor, maps: Sequence[Map] | None
+) -> np.ndarray:
     slopes = torch.autograd.grad(
         outputs.heads, leaves, outputs.tails(flat), retain_graph=True, allow_unused=True
     )
+    if maps is not None:
+        slopes = tuple(
+            None if g is None else one.pull(g.reshape(-1)) for g, one in zip(slopes, maps, strict=True)
+        )
     norms = [0.0 if g is None else float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in slopes]
     return np.square(norms)
 
 
 def _exact(passes: Passes) -> BlockTraces:
     problem = passes.problem
-    sums, weights = passes.over(problem.batches)
+    found, weights = passes.over(problem.batches)
+    sums = np.array(found)
     rules = [" and ".join(sorted(kinds)) or "unused" for kinds in passes.rules]
     blocks = sums.sum(axis=0) / weights.sum()
     return BlockTraces(problem.names, blocks, rules, passes.columns, passes.work / passes.examples)

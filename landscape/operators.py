@@ -75,6 +75,25 @@ class Operator:
         U, scaled = (t.to(self.device, self.dtype) for t in (vectors, vectors * values))
         return self._made(lambda V: self.product(V) - scaled @ (U.T @ V))
 
+    def scaled(self, factors: Tensor) -> Operator:
+        """D A D with D = diag(factors): A in the units in which parameter i is measured by factor i.
+
+        Args:
+            factors: (n,).
+
+        Raises:
+            ValueError: if there are not n of them.
+        """
+        if factors.shape != self.shape[:1]:
+            raise ValueError(f"got factors of shape {tuple(factors.shape)}; allowed is ({self.shape[0]},)")
+        d = factors.to(self.device, self.dtype)
+
+        def product(V: Tensor) -> Tensor:
+            column = d if V.ndim == 1 else d[:, None]
+            return column * self.product(column * V)
+
+        return self._made(product)
+
     def block(self, start: int, stop: int) -> Operator:
         """The diagonal block of rows and columns start to stop; a product costs as much as one with A.
 

@@ -61,8 +61,10 @@ class PerExample:
         made = [self._one(p, chosen, heads, s) for p, s in zip(pieces, cotangents, strict=True)]
         return torch.stack(made, 1)
 
-    def _one(self, piece: Any, chosen: Sequence[int], heads: Sequence[int], cotangents: Tensor) -> Tensor:
-        """One example by plain autograd, (parameters, K)."""
+    def gradients(
+        self, piece: Any, chosen: Sequence[int], heads: Sequence[int], cotangents: Tensor
+    ) -> list[Tensor]:
+        """∂⟨s_k, f⟩/∂w of one example for each chosen parameter tensor w, (K, *shape); arguments as `squares`."""
         leaves = self.problem.leaves()
         for index, leaf in enumerate(leaves):
             leaf.requires_grad_(index in chosen)
@@ -70,15 +72,21 @@ class PerExample:
         with self.problem.filled(leaves):
             nest = batching.tensors(self.problem.evaluator.outputs(piece))
             outputs = torch.cat([nest[i].reshape(-1) for i in heads])
-        found = cotangents.new_zeros(len(chosen), len(cotangents))
+        found = [leaf.new_zeros(len(cotangents), *leaf.shape) for leaf in wanted]
         if not outputs.requires_grad:
             return found
         for k, s in enumerate(cotangents):
             slopes = torch.autograd.grad(outputs, wanted, s.to(outputs), retain_graph=True, allow_unused=True)
-            for row, slope in enumerate(slopes):
+            for rows, slope in zip(found, slopes, strict=True):
                 if slope is not None:
-                    found[row, k] = slope.norm() ** 2
+                    rows[k] = slope
         return found
+
+    def _one(self, piece: Any, chosen: Sequence[int], heads: Sequence[int], cotangents: Tensor) -> Tensor:
+        """Squared norms of one example by plain autograd, (parameters, K)."""
+        slopes = self.gradients(piece, chosen, heads, cotangents)
+        norms = [torch.stack([slope.norm() ** 2 for slope in rows]) for rows in slopes]
+        return torch.stack(norms).to(cotangents)
 
     def _by_vmap(
         self, pieces: Sequence[Any], chosen: Sequence[int], heads: Sequence[int], cotangents: Tensor

@@ -170,11 +170,6 @@ class Problem:
         """How products are made: as asked for; else as was found out, "not needed" as long as none was made."""
         return self.products if self.products != "auto" else product_checks.summary(self._found)["products"]
 
-    @property
-    def buffers(self) -> Mapping[str, Tensor]:
-        """The buffers that `at` was given, by name; the others are the model's own."""
-        return self._buffers
-
     def parameters_vector(self) -> Tensor:
         """θ as one vector (n,), the order of `torch.nn.utils.parameters_to_vector`."""
         return self.space.flatten(leaf.detach() for leaf in self.leaves())
@@ -384,6 +379,7 @@ class Problem:
         other.cost = Cost()
         other.batches = Batches(data, self.device, self.dtype)
         other._double = None
+        other._whole = None if self._whole is None else self._whole.on(data)
         return other
 
     def split(self, examples: int) -> Iterator[tuple[Self, float]]:

@@ -40,6 +40,21 @@ def linearized(problem: Problem) -> Problem:
     return tangent
 
 
+def product(problem: Problem, V: Tensor) -> Tensor:
+    """R V for one vector (n,) or a block (n, k); where autodiff is wrong for H, as H V − G V.
+
+    Raises:
+        Refused: on a problem with `forward=`.
+        ValueError: if its products are asked for by differences, or V does not have n rows.
+    """
+    tangent = linearized(problem)
+    if problem.products == "auto":
+        found = problem.product_checks.get("hessian") or problem.check_products("hessian")
+        if found.products == "difference":
+            return problem.hvp(V) - problem.ggn_vp(V)
+    return tangent.hvp(V)
+
+
 def detached(outputs: Nested) -> tuple[Nested, list[Tensor]]:
     """Outputs cut off from the parameters, and those of their tensors that are differentiated."""
     free = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point()), outputs)

@@ -24,9 +24,17 @@ FLOORS = [
     {"results"},
     {"arguments", "products", "evaluator", "averages", "product_checks", "checks"},
     {"problem"},
-    {"uses"},
-    {"capture", "curvature_columns", "example_norms", "output_curvature", "per_example"},
-    {"ggn_passes", "ggn_trace", "ggn_diagonal", "structure", "inputs", "divergence"},
+    {"linear_maps", "uses"},
+    {
+        "capture",
+        "curvature_columns",
+        "example_norms",
+        "gradient_readings",
+        "output_curvature",
+        "paths",
+        "per_example",
+    },
+    {"ggn_passes", "ggn_trace", "ggn_diagonal", "structure", "inputs", "divergence", "layer_rows"},
     {"memory", "operators"},
     {"residual"},
     {
@@ -77,7 +85,7 @@ FLOORS = [
     {"estimators"},
     {"traces.plan", "traces.deflation"},
     {"traces.estimate", "traces.probing"},
-    {"traces.pilot"},
+    {"traces.mapped", "traces.pilot"},
     {"traces.values"},
     {"traces.choice"},
     {"traces"},
@@ -87,7 +95,7 @@ FLOORS = [
     {"sharpness.trial"},
     {"sharpness"},
     {"metrics.base"},
-    {"metrics.registry"},
+    {"metrics.registry", "metrics.base_ends", "metrics.base_trace"},
     {"metrics.*"},
     {"metrics"},
     {"plots.style", "plots.words"},
@@ -97,8 +105,8 @@ FLOORS = [
 # Within a floor, from the bottom up.
 ORDER = {
     "products": 0, "evaluator": 0, "averages": 1, "product_checks": 2, "checks": 3, "convolution": 0, "kernels": 1,
-    "transforms.fields": 0, "transforms.layout": 1,
-    "curvature_columns": 0, "output_curvature": 1, "ggn_passes": 0, "ggn_trace": 1, "ggn_diagonal": 1,
+    "transforms.fields": 0, "transforms.layout": 1, "curvature_columns": 0, "output_curvature": 1,
+    "ggn_passes": 0, "ggn_trace": 1, "ggn_diagonal": 1, "layer_rows": 1,
     "testbeds.nets": 0, "testbeds.digits": 1, "testbeds.train": 1, "testbeds.golden": 2, "testbeds": 3,
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}

@@ -11,7 +11,7 @@ from torch import nn
 import landscape
 from landscape import seeds, testbeds
 from landscape.errors import Refused
-from landscape.residual import linearized
+from landscape.residual import linearized, product
 from landscape.second_differences import quadratics
 
 
@@ -124,3 +124,23 @@ def test_a_second_difference_is_the_same_bits_in_any_block() -> None:
     whole = quadratics(problem, V)
     alone = torch.cat([quadratics(problem, V[:, i : i + 1]) for i in range(3)])
     assert torch.equal(whole, alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_autodiff_is_wrong_the_product_is_a_difference(dtype: torch.dtype) -> None:
+    """Through weight_norm, whose second derivative PyTorch gets wrong, by trace and by products."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(40, 4).to(dtype), torch.arange(40) % 3
+    problem = landscape.Problem(model.to(dtype), nn.CrossEntropyLoss(), [(x, y)])
+    V = torch.eye(problem.size, dtype=dtype)
+    H, G = problem.hvp(V), problem.ggn_vp(V)
+    assert problem.product_checks["hessian"].products == "difference"
+    torch.testing.assert_close(product(problem, V), H - G, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        model[2].weight.mul_(3)  # away from where R is small
+    moved = landscape.Problem(model, nn.CrossEntropyLoss(), [(x, y)])
+    found = landscape.evaluate(landscape.metrics.Trace(method="residual", rtol=0.0, max_probes=64), moved)
+    truth = float(moved.hvp(V).trace())
+    assert abs(float(found["trace"]) - truth) <= 4 * float(found["trace_stderr"])
+    assert abs(truth - float(moved.ggn_vp(V).trace())) > 6 * float(found["trace_stderr"])

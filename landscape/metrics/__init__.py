@@ -1,4 +1,4 @@
-"""One file per metric; `base` is the interface they share, `registry` finds them by name.
+"""One file per metric; `base` is the interface they share (`base_...` what a few share), `registry` finds them by name.
 
 >>> from landscape import metrics
 >>> metrics.Trace(rtol=0.01).name
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_") or name in {"base", "registry"}:
+    if name.startswith(("_", "base")) or name == "registry":
         raise AttributeError(name)
     from landscape.metrics import registry
 

@@ -73,7 +73,7 @@ def _from_file(path: Path, chosen: str) -> type[Metric]:
 
 def _ours() -> list[str]:
     here = pkgutil.iter_modules([str(Path(__file__).parent)])
-    return [m.name for m in here if m.name not in {"base", "registry"}]
+    return [m.name for m in here if m.name != "registry" and not m.name.startswith("base")]
 
 
 def _imported(module: str) -> Any:

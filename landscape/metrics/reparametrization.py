@@ -210,7 +210,7 @@ class Reparametrization(Metric):
         draws = seeds.generator(seed, f"{self.name}/direction", 0)
         w = torch.randn(problem.size, dtype=torch.float64, generator=draws).to(wide.device, wide.dtype)
         here = wide.hvp(w)
-        pushed = there.pushed_forward(there.problem.hvp(there.pushed_forward(w)))
+        pushed = there.push(there.problem.hvp(there.push(w)))
         size = float(here.double().norm())
         return float((pushed - here).double().norm()) / size if size else float(pushed.double().norm())
 
@@ -242,7 +242,7 @@ class _Congruent:
         self.shape, self.dtype, self.device = matrix.shape, matrix.dtype, matrix.device
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        return self._there.pulled_back(self._matrix @ self._there.undone(V))
+        return self._there.cotangent(self._matrix @ self._there.pull(V))
 
 
 def _powers(exponents: Tensor) -> list[float]:

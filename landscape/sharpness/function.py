@@ -48,7 +48,7 @@ class Around:
 
     def _at(self, delta: Tensor) -> Problem:
         return self.problem.at(
-            self.centre + (delta if self.A is None else self.A @ delta), self.problem.buffers
+            self.centre + (delta if self.A is None else self.A @ delta), self.problem.buffers()
         )
 
 

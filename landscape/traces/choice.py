@@ -48,6 +48,25 @@ class Settings(Protocol):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Settings of a trace that has few of them; see `Settings`.
+
+    Attributes:
+        method: how.
+        curvature: of which matrix.
+        max_probes: the most passes.
+    """
+
+    method: str
+    curvature: Literal["hessian", "ggn"]
+    max_probes: int
+    frobenius: bool = False
+    per_layer: bool = True
+    deflate: int = 0
+    probe_dtype: str = "working"
+
+
+@dataclass(frozen=True)
 class Way:
     """How a trace is made.
 
@@ -66,8 +85,15 @@ class Way:
     piloted: bool = False
 
 
-def choose(asked: Settings, problem: Problem, seed: int | None) -> Way:
-    """Choose the way; without a seed, networks are recognised but not verified."""
+def choose(asked: Settings, problem: Problem, seed: int | None, *, order: int | None = None) -> Way:
+    """Choose the way.
+
+    Args:
+        asked: settings.
+        problem: of whose matrix.
+        seed: without one, networks are recognised but not verified.
+        order: number of unit vectors that give the whole trace, if not the number of parameters.
+    """
     if asked.method in {"hutchpp", "xtrace"}:
         return Way("estimates", "asked for")
     if asked.deflate:
@@ -80,7 +106,7 @@ def choose(asked: Settings, problem: Problem, seed: int | None) -> Way:
         return Way("layers", "per-example gradient norms give the trace exactly", columns)
     if equal:
         obstacle = f"it would take {columns} passes, more than max_probes = {asked.max_probes}"
-    if asked.method == "exact" or (asked.method == "auto" and problem.size <= asked.max_probes):
+    if asked.method == "exact" or (asked.method == "auto" and (order or problem.size) <= asked.max_probes):
         return Way("unit_vectors", obstacle)
     if asked.frobenius:
         return Way("shared_probes", obstacle)

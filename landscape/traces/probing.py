@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from landscape import ggn_trace
+from landscape import ggn_trace, residual
 from landscape.estimators.probes import draw, probe_gram
 from landscape.problem import Problem
-from landscape.residual import linearized
 from landscape.second_differences import quadratics
 from landscape.traces.plan import Plan
 
@@ -45,7 +44,7 @@ def product_of(plan: Plan) -> Product:
     """The product with the matrix of a plan, in its precision."""
     exact: dict[str, Product] = {
         "hessian": lambda part, V: part.hvp(V),
-        "residual": lambda part, V: linearized(part).hvp(V),
+        "residual": residual.product,
         "ggn": lambda part, V: part.ggn_vp(V),
     }
     return exact[plan.matrix]

@@ -1,0 +1,174 @@
+"""The measures of one number each, as a user meets them: command line, files, interruption, cuts of the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases_base import labels, normal
+from click.testing import CliRunner, Result
+from landscape_cli import app
+from test_adaptive import network
+from torch import nn
+
+import landscape
+from landscape import Problem, metrics
+from landscape.metrics import registry
+from landscape.metrics.base import Journal, Metric
+from landscape.record import Record
+
+NAMES = [
+    "adaptive_trace", "adaptive_spectral_norm", "relative_flatness", "fisher_rao", "path_norm", "normalized_sharpness",
+]  # fmt: skip
+PROBED = {
+    "adaptive_trace": {"method": "hutchinson", "rtol": 0.0, "max_probes": 48},
+    "relative_flatness": {"method": "hutchinson", "rtol": 0.0, "max_probes": 48},
+}
+# Float32 products and sums, relative.
+AGREE = 1e-4
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(app.app, list(words))
+
+
+def made(name: str, **options: object) -> Metric:
+    return registry.load(name)(**options)
+
+
+def problem(sizes: tuple[int, ...] = (3,) * 40) -> Problem:
+    x, y = normal(120, 4, seed=1), labels(120, 3, seed=2)
+    data = list(zip(torch.split(x, sizes), torch.split(y, sizes), strict=True))
+    return Problem(network(), nn.CrossEntropyLoss(), data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_on_the_embedded_default(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = run("measure", "--metric", name, "--out", "one")
+    assert first.exit_code == 0, first.output
+    assert name in first.stdout
+    again = run("measure", "--metric", name, "--out", "one")
+    assert again.exit_code == 0
+    assert first.stdout.split()[8:10] == again.stdout.split()[8:10]
+    shown = run("show", "one")
+    assert shown.exit_code == 0
+    assert "converged" in shown.stdout
+    assert "complete" in shown.stdout
+    typo = run("measure", "--metric", name, "--rtoll", "1", "--out", "two")
+    assert typo.exit_code == 2
+    assert "--rtoll" in typo.stderr
+    drawn = run("plot", f"one/{name}.h5")
+    assert drawn.exit_code != 0
+    assert len(drawn.stderr.strip().splitlines()) == 1
+    assert "no picture" in drawn.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_python_name_and_a_line_of_help(name: str) -> None:
+    chosen = registry.registered()[name]
+    assert getattr(metrics, chosen.__name__) is chosen
+    assert (chosen.__doc__ or "").splitlines()[0].endswith(".")
+    assert chosen.citation
+    assert name in run("metrics").stdout
+
+
+class StoppedError(Exception):
+    """What the journal raises."""
+
+
+class Stops(Journal):
+    """Keeps states, and stops at a step or at a block."""
+
+    def __init__(self, after: int):
+        self.after, self.left, self.states = after, after, {}
+
+    def _count(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise StoppedError
+
+    def commit(self, record: Record, *, final: bool = False) -> None:
+        if not final:
+            self._count()
+
+    def load_state(self, block: range):
+        return self.states.get(block.start)
+
+    def save_state(self, block: range, state) -> None:
+        self.states[block.start] = state()
+        self._count()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_interrupted_runs_end_with_the_same_bits(name: str) -> None:
+    metric = made(name, **PROBED.get(name, {}))
+    whole = landscape.evaluate(metric, problem(), 3)
+    record, journal, stops = Record(), Stops(2), 0
+    while True:
+        try:
+            landscape.evaluate(metric, problem(), 3, journal=journal, record=record)
+            break
+        except StoppedError:
+            stops += 1
+            journal.left = journal.after
+    headline = metric.headline
+    assert float(record[headline]) == float(whole[headline])
+    for key, variable in whole.variables.items():
+        if key != "wall_seconds" and variable.data.dtype.kind in "fi":
+            np.testing.assert_array_equal(record[key], variable.data, err_msg=key)
+    assert stops or name in {"fisher_rao", "path_norm"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cut_of_the_data_does_not_matter(name: str) -> None:
+    values = [
+        float(landscape.evaluate(made(name), problem(sizes))[name])
+        for sizes in ((3,) * 40, (120,), (50, 69, 1))
+    ]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_agrees_with_float64(name: str) -> None:
+    wide = problem()
+    values = [
+        float(landscape.evaluate(made(name), p)[name]) for p in (wide, wide.replace(dtype=torch.float32))
+    ]
+    assert values[1] == pytest.approx(values[0], rel=AGREE)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in {"path_norm"}])
+def test_scaling_the_loss_scales_the_value(name: str) -> None:
+    """By 2^-27, for which rounding is the same; the Fisher information is of a likelihood, and is left alone."""
+    if name == "fisher_rao":
+        metric = made(name, curvature="empirical_fisher")
+        power = 2
+    else:
+        metric, power = made(name), 0.5 if name == "normalized_sharpness" else 1
+    plain = nn.CrossEntropyLoss()
+    data = list(problem().batches)
+    values = [
+        float(
+            landscape.evaluate(
+                metric,
+                Problem(network(), lambda f, y, c=c: c * plain(f, y), data, weight=lambda b: len(b[0])),
+            )[name]
+        )
+        for c in (1.0, 2.0**-27)
+    ]
+    assert values[1] == pytest.approx(values[0] * 2.0 ** (-27 * power), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_is_bit_identical_afterwards(name: str) -> None:
+    measured = problem()
+    model = measured.evaluator.model
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    state = torch.get_rng_state()
+    landscape.evaluate(made(name), measured)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
