@@ -59,7 +59,7 @@ def clamp(walk: Walk, x: Field, *limits: Any, **named: Any) -> Any:
     lowest = walk.name == "clamp_min" or (walk.name == "clamp" and len(given) == 1 and "max" not in named)
     if lowest and not isinstance(given[0], Field) and 0 < given[0] <= _EPSILON and len(limits) < 2:
         walk.floor(x)
-        return x
+        return Field(x.shape, x.terms)
     for v in given:
         if isinstance(v, Field):
             walk.pin(v)
@@ -118,7 +118,7 @@ def masked(walk: Walk, x: Field, mask: Field, value: Any) -> Field:
 def added(walk: Walk, x: Any, other: Any, *_: Any, alpha: float = 1) -> Any:
     """Summands change alike; a number stays what it is."""
     x, other = (_constant(walk, v) for v in (x, other))
-    if walk.name == "add" and not other.terms and not other.zero and _is_floor(walk):
+    if walk.name == "add" and not (other.terms or other.zero or x.zero) and _is_floor(walk):
         walk.floor(x)
         return x.expanded(walk.shape)
     return walk.equal(x, other)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from landscape.transforms.fields import Field, compact
-from landscape.transforms.rules import Walk, rule
+from landscape.transforms.rules import Walk, constants, rule
 
 
 @rule(
@@ -131,6 +131,15 @@ def embedded(walk: Walk, table: Field, index: Field, *_: Any) -> Field:
     """Rows of a table: which ones is up to the data."""
     row = walk.uniform(table, [0])
     return row.mapped(lambda ids: ids.reshape(ids.shape[1:]), row.shape[1:]).expanded(walk.shape)
+
+
+@rule("embedding_bag", "_embedding_bag")
+def bag(walk: Walk, table: Field, *rest: Any, **named: Any) -> Any:
+    """Sums or means of rows of a table."""
+    if any(isinstance(v, Field) for v in (*rest[2:], *named.values())):  # weights of the rows
+        return NotImplemented
+    row = walk.uniform(table, [0]).expanded(walk.shape)
+    return (row, *constants(walk.node.meta["val"][1:]))
 
 
 @rule("index_select")
