@@ -88,7 +88,10 @@ class _Forward(nn.Module):
 
 def example(problem: Problem, examples: int = _EXAMPLES) -> Any:
     """The first examples of the data, as one micro-batch; all of it where examples cannot be told apart."""
-    piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
+    weighty = (batch for batch in problem.batches if problem.evaluator.weigh(batch) > 0)
+    piece = next(weighty, None)
+    if piece is None:
+        raise Refused("every batch has weight 0 (no valid target in any); there is nothing to look at")
     try:
         return batching.cut(piece, 0, min(examples, batching.examples(piece)))
     except ValueError:

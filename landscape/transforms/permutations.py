@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,7 +39,7 @@ class Units:
 
     index: int
     name: str
-    places: tuple[Places, ...]
+    places: tuple[Places, ...] = field(repr=False)
     change: float
 
     def __len__(self) -> int:

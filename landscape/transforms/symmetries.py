@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -86,16 +86,17 @@ class Symmetries:
         unknown: operation -> where it stood; it has no rule, so nothing that reaches it may change.
         function_change: the largest relative change of the outputs under all exact nodes together at random
             factors, in float64 where the model runs in it; nan without any.
+        exponents: of the nodes, a sparse matrix.
     """
 
     problem: Problem
-    nodes: tuple[Node, ...]
+    nodes: tuple[Node, ...] = field(repr=False)
     groups: tuple[Group, ...]
     excluded: Mapping[str, str]
     unknown: Mapping[str, Sequence[str]]
     function_change: float
-    _found: nullspace.NullSpace
-    exponents: Exponents
+    exponents: Exponents = field(repr=False)
+    _found: nullspace.NullSpace = field(repr=False)
 
     def __str__(self) -> str:
         lines = [f"{len(self.nodes)} nodes in {len(self.groups)} groups", *map(str, self.groups)]
@@ -278,7 +279,7 @@ def find(problem: Problem, *, buffers: Literal["move", "frozen"] = "move", seed:
     exact_ones = [kept[node.index] for node in nodes if node.exact]
     together = test.change(exact_ones, len(found.vectors)) if exact_ones else math.nan
     exponents = nullspace.exponents(found)
-    return Symmetries(problem, nodes, tuple(groups), excluded, found.unknown, together, found, exponents)
+    return Symmetries(problem, nodes, tuple(groups), excluded, found.unknown, together, exponents, found)
 
 
 def _by_layer(vectors: Sequence[nullspace.Vector]) -> list[list[int]]:
