@@ -39,6 +39,11 @@ def joined(walk: Walk, parts: Sequence[Field], dim: int = 0) -> Field:
     """Side by side."""
     parts = [part for part in parts if walk.name == "stack" or part.shape != (0,)]
     operation = torch.stack if walk.name == "stack" else torch.cat
+    if walk.name == "stack" and any(
+        part.terms for part in parts
+    ):  # zeros go with whatever stands beside them
+        first = next(part for part in parts if part.terms)
+        parts = [first if part.zero else part for part in parts]
     ids = [
         walk.fields.fresh(part.shape, dim % len(part.shape))
         if part.zero and not part.terms and walk.name != "stack"
