@@ -231,6 +231,66 @@ def normed() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 6), nn.RMSNorm(6), nn.ReLU(), nn.Linear(6, 3))
 
 
+class Unrolled(nn.Module):
+    """A recurrence from a state of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.state, self.out = nn.Linear(5, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 6)
+        for t in range(x.shape[1]):
+            h = F.relu(self.inner(x[:, t]) + self.state(h))
+        return self.out(h)
+
+
+class ConvNeXt(nn.Module):
+    """Layer norms around a depthwise convolution, GELU, and a gain for each channel of the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(6))
+        self.stem, self.n1 = nn.Conv2d(3, 6, 4, 4), nn.LayerNorm(6)
+        self.depthwise, self.n2 = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.LayerNorm(6)
+        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 6)
+        self.n3, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.n1(self.stem(x).permute(0, 2, 3, 1))
+        y = self.n2(self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = x + self.gain * self.down(F.gelu(self.up(y)))
+        return self.head(self.n3(x.mean((1, 2))))
+
+
+class Attended(nn.Module):
+    """`nn.MultiheadAttention` with the weights asked for, which takes it through plain matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(self.attention(h, h, h, need_weights=True)[0])
+
+
+class SplitAndShuffle(nn.Module):
+    """One half passes, the other goes through convolutions; then channels are shuffled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.norm, self.c, self.head = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = F.relu(self.a(x)).chunk(2, 1)
+        x = torch.cat([left, F.relu(self.c(self.norm(self.b(right))))], 1)
+        x = x.view(len(x), 2, 4, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+        return self.head(x.mean((2, 3)))
+
+
 FIVE, TOKENS, IMAGES = normal(4, 5, seed=3), labels((2, 6), 11, seed=4), normal(2, 3, 8, 8, seed=2)
 SEQUENCE = normal(2, 4, 5, seed=6)
 
@@ -258,5 +318,10 @@ OWN = [
     Net("batch norm without buffers", statistics_of_the_batch, FIVE, 12, 2, 6),
     Net("transposed convolution", transposed, normal(2, 3, 9), 10, 2),
     Net("rms norm", normed, FIVE, 7, 2, 1),
+    Net("unrolled recurrence", Unrolled, SEQUENCE, 6, 1),
+    Net("convnext", ConvNeXt, IMAGES, 21, 6, 3),
+    Net("multi-head attention", Attended, SEQUENCE, 32, 4),
+    Net("split and shuffled", SplitAndShuffle, IMAGES, 20, 5),
+    Net("embedding bag", lambda: nn.Sequential(nn.EmbeddingBag(11, 5), *mlp(5, 4, 3)), TOKENS, 9, 2),
     Net("some parameters", lambda: mlp(5, 6, 4, 3), FIVE, 6, 1, options={"parameters": ["0", "2"]}),
 ]

@@ -189,6 +189,18 @@ def test_random_points_of_the_orbit(name: str) -> None:
     assert float((there.diagonal.log()).std()) > 0.3
 
 
+def test_data_in_single_examples_and_without_weight() -> None:
+    """A micro-batch of one is no reason to look at one example; a batch without a target is skipped."""
+    net = BY_NAME["vgg-11-bn"]
+    assert len(transforms.find(net.problem(microbatch=1)).nodes) == net.nodes
+    model, nothing = mlp(8, 6, 3).double(), torch.full((4,), -100)
+    data = [(VECTORS, nothing), (VECTORS, torch.zeros(4, dtype=torch.int64))]
+    problem = landscape.Problem(model, nn.CrossEntropyLoss(), data)
+    assert len(transforms.find(problem).nodes) == 6
+    with pytest.raises(landscape.Refused, match="weight 0"):
+        transforms.find(landscape.Problem(model, nn.CrossEntropyLoss(), data[:1]))
+
+
 def test_float32_loses_only_rounding() -> None:
     problem = BY_NAME["mobilenet"].problem(dtype=torch.float32)
     found = transforms.find(problem)

@@ -268,6 +268,17 @@ def test_any_smooth_map_even_onto_fewer_dimensions() -> None:
     assert torch.allclose(other.problem.hvp(EYE[:6, :6]), A.T @ H @ A, rtol=1e-10, atol=1e-13)
 
 
+def test_a_unit_for_each_parameter() -> None:
+    problem = small()
+    d = normal(problem.size, seed=6).exp() * normal(problem.size, seed=7).sign()
+    other = transforms.elementwise(problem, d).problem
+    v = normal(problem.size, seed=8)
+    assert torch.allclose(other.gradient(), problem.gradient() / d, rtol=1e-11, atol=1e-15)
+    assert torch.allclose(other.hvp(v), problem.hvp(v / d) / d, rtol=1e-10, atol=1e-14)
+    with pytest.raises(ValueError, match="finite factors other than 0"):
+        transforms.elementwise(problem, 0 * d)
+
+
 def test_points_that_are_not_the_same_function_are_refused() -> None:
     problem = small()
     theta = problem.parameters_vector()

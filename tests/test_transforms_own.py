@@ -86,6 +86,23 @@ class Powers(Between):
         return (h.pow(2) * h.abs()).pow(0.5)
 
 
+class Single(Between):
+    """A layer that computes in float32 whatever comes in; what it loses is rounding, not a symmetry."""
+
+    def between(self, h: Tensor) -> Tensor:
+        return F.relu(h.float()).to(h.dtype)
+
+
+class Nonzero(Between):
+    def between(self, h: Tensor) -> Tensor:
+        return h.relu().bool().to(h.dtype) * h
+
+
+class Stacked(Between):
+    def between(self, h: Tensor) -> Tensor:
+        return torch.stack([torch.zeros_like(h), h], 1).amax(1)
+
+
 @pytest.mark.parametrize(
     ("model", "nodes"),
     [
@@ -95,8 +112,11 @@ class Powers(Between):
         (Clamped, 0),
         (Bounded, 0),
         (Drawn, 0),
-        (FilledIn, 0),
+        (FilledIn, 1),
         (Powers, 6),
+        (Single, 6),
+        (Nonzero, 6),
+        (Stacked, 6),
     ],
     ids=str,
 )

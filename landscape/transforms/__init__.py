@@ -1,7 +1,7 @@
 """Function-preserving reparameterizations: of a network's weights, and of the space that they live in."""
 
 from landscape.transforms.permutations import Permutations, Units, permutations
-from landscape.transforms.smooth import PulledBack, pulled_back, radial, weight_normalized
+from landscape.transforms.smooth import PulledBack, elementwise, pulled_back, radial, weight_normalized
 from landscape.transforms.symmetries import Group, Node, Symmetries, find
 from landscape.transforms.transformed import Transformed, function_change
 
@@ -13,6 +13,7 @@ __all__ = [
     "Symmetries",
     "Transformed",
     "Units",
+    "elementwise",
     "find",
     "function_change",
     "permutations",

@@ -46,7 +46,8 @@ class Field:
         shape = broadcast_shape(self.shape, other.shape)
         terms = [(c, ids.expand(shape)) for c, ids in self.terms]
         terms += [(sign * c, ids.expand(shape)) for c, ids in other.terms]
-        return Field(shape, tuple(terms), self.zero or (other.zero and sign == 1))
+        zero = self.zero or (other.zero and sign == 1)
+        return Field(shape, () if zero else tuple(terms), zero)
 
     def expanded(self, shape: Sequence[int]) -> Field:
         """The field of a tensor that is broadcast to a shape."""

@@ -36,6 +36,7 @@ class Graph:
         buffers: placeholder -> name of a buffer.
         outputs: the nodes that are outputs.
         unused: measured parameters on which the outputs do not depend.
+        rounding: the coarsest rounding of what is computed: of float32 where the model says so.
     """
 
     nodes: list[Node]
@@ -43,6 +44,7 @@ class Graph:
     buffers: dict[Node, str]
     outputs: list[Node]
     unused: list[str]
+    rounding: float
 
 
 class _Forward(nn.Module):
@@ -88,7 +90,10 @@ class _Forward(nn.Module):
 
 def example(problem: Problem, examples: int = _EXAMPLES) -> Any:
     """The first examples of the data, as one micro-batch; all of it where examples cannot be told apart."""
-    piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
+    weighty = (batch for batch in problem.batches if problem.evaluator.weigh(batch) > 0)
+    piece = next(weighty, None)
+    if piece is None:
+        raise Refused("every batch has weight 0 (no valid target in any); there is nothing to look at")
     try:
         return batching.cut(piece, 0, min(examples, batching.examples(piece)))
     except ValueError:
@@ -151,7 +156,19 @@ def _graph(exported: Any, module: _Forward, measured: list[str]) -> Graph:
         buffers,
         outputs,
         [name for name in measured if name not in used],
+        _rounding([n for n in nodes if n in needed], set(parameters)),
     )
+
+
+def _rounding(nodes: list[Node], moving: set[Node]) -> float:
+    """The coarsest rounding of what depends on the parameters."""
+    found = [0.0]
+    for node in nodes:
+        if any(n in moving for n in node.all_input_nodes):
+            moving.add(node)
+            tensors = _tensors(node.meta.get("val"))
+            found += [torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()]
+    return max(found)
 
 
 def _ancestors(outputs: list[Node]) -> set[Node]:

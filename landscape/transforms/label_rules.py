@@ -102,6 +102,11 @@ def _elementwise(walk: LabelWalk, *inputs: Any, **named: Any) -> Any:
     return walk.with_others(walk.labels.broadcast(*tensors))
 
 
+@_rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+def _constant(walk: LabelWalk, *_: Any, **__: Any) -> Any:
+    return [walk.labels.fresh(size) for size in walk.shape]  # all entries are equal
+
+
 @_rule("prelu")
 def _prelu(walk: LabelWalk, x: Dims, slope: Dims) -> Dims:
     if len(slope[0]) > 1:

@@ -53,6 +53,7 @@ class NullSpace:
         excluded: parameter -> why no solution moves it.
         unknown: operation without a rule -> where it stands.
         buffers: the buffers that may move.
+        rounding: the coarsest rounding of what the network computes.
     """
 
     layout: Layout
@@ -60,6 +61,7 @@ class NullSpace:
     excluded: dict[str, str]
     unknown: dict[str, list[str]]
     buffers: list[str]
+    rounding: float
 
 
 def solve(problem: Problem, *, move_buffers: bool = True) -> NullSpace:
@@ -92,6 +94,7 @@ def solve(problem: Problem, *, move_buffers: bool = True) -> NullSpace:
         _excluded(layout, found, problem.names),
         walk.unknown,
         sorted(running.values()),
+        found.rounding,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,13 +14,12 @@ from landscape.errors import Refused
 from landscape.transforms import graph as graphs
 from landscape.transforms.label_rules import LabelWalk
 from landscape.transforms.labels import RIGID, Labels
-from landscape.transforms.transformed import Transformed, moved, outputs, relative_change
+from landscape.transforms.transformed import Transformed, moved, outputs, relative_change, widest
 
 if TYPE_CHECKING:
     from landscape.problem import Problem
 
-_EXACT = 1e-12  # sums are added up in another order, nothing else changes
-_DOUBLE = torch.finfo(torch.float64).eps
+_EXACT = 2.0**12  # in units of rounding: sums are added up in another order, nothing else changes
 
 # (tensor, dimension) -> the indices that belong to a unit, ascending
 Places = dict[tuple[str, int], list[int]]
@@ -39,7 +38,7 @@ class Units:
 
     index: int
     name: str
-    places: tuple[Places, ...]
+    places: tuple[Places, ...] = field(repr=False)
     change: float
 
     def __len__(self) -> int:
@@ -60,10 +59,12 @@ class Permutations:
     Attributes:
         problem: whose they are.
         groups: layers of exchangeable units.
+        rounding: the coarsest rounding of what the network computes, in float64 where the model runs in it.
     """
 
     problem: Problem
     groups: tuple[Units, ...]
+    rounding: float
 
     def random(self, seed: int = 0, index: int = 0) -> Transformed:
         """Permute the units of every layer at random."""
@@ -99,7 +100,13 @@ class Permutations:
         order, buffers = _moves(self.problem, list(zip(self.groups, orders, strict=True)))
         ones = torch.ones(self.problem.size, dtype=torch.float64)
         return moved(
-            self.problem, diagonal=ones, buffers=buffers, exact=True, name="permutation", order=order
+            self.problem,
+            diagonal=ones,
+            buffers=buffers,
+            exact=True,
+            name="permutation",
+            order=order,
+            rounding=self.rounding if self.problem.dtype == torch.float64 else 0.0,
         )
 
 
@@ -113,9 +120,9 @@ def permutations(problem: Problem, *, seed: int = 0) -> Permutations:
     Raises:
         Refused: if the forward pass depends on the data's values.
     """
-    found = _units(problem)
-    wide = problem if problem.dtype == torch.float64 else problem.in_float64() or problem
-    allowed = _EXACT * torch.finfo(wide.dtype).eps / _DOUBLE
+    wide = widest(problem)
+    graph = graphs.export(wide)
+    found = _units(wide, graph)
     piece = graphs.example(wide)
     before = outputs(wide, piece)
     groups: list[Units] = []
@@ -124,14 +131,13 @@ def permutations(problem: Problem, *, seed: int = 0) -> Permutations:
         index, buffers = _moves(wide, [(Units(0, name, places, 0.0), order)])
         there = wide.at(wide.parameters_vector()[index.to(wide.device)], {**wide.buffers(), **buffers})
         change = relative_change(before, outputs(there, piece))
-        if change <= allowed:
+        if change <= _EXACT * graph.rounding:
             groups.append(Units(len(groups), name, places, change))
-    return Permutations(problem, tuple(groups))
+    return Permutations(problem, tuple(groups), graph.rounding)
 
 
-def _units(problem: Problem) -> list[tuple[str, tuple[Places, ...]]]:
+def _units(problem: Problem, graph: graphs.Graph) -> list[tuple[str, tuple[Places, ...]]]:
     """Units by layer: those with labels in the same dimensions of the same tensors, activations included."""
-    graph = graphs.export(problem)
     labels = Labels()
     named = {**graph.parameters, **graph.buffers}
     tensors = {

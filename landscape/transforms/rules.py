@@ -41,7 +41,8 @@ class Walk:
         fields: statements about fields.
         node: the operation at hand.
         unknown: operation -> the modules where it stood and was pinned for want of a rule.
-        floored: log-scales that only matter up to a norm's epsilon.
+        floored: log-scales that only matter up to a norm's epsilon; each is zero or one free unknown.
+        origins: the first unknown that each operation may have made.
     """
 
     def __init__(self, graph: Graph, given: dict[Node, Field], system: System):
@@ -49,7 +50,8 @@ class Walk:
         self.graph = graph
         self.unknown: dict[str, list[str]] = {}
         self.floored: list[Row] = []
-        self.origins: list[tuple[int, Node]] = []  # first unknown that an operation may have made
+        self.origins: list[tuple[int, Node]] = []
+        self._floors: list[Node] = []  # where the floored log-scales are
         self._values: dict[Node, Any] = dict(given)
         for self.node in graph.nodes:
             if self.node not in self._values:
@@ -58,6 +60,7 @@ class Walk:
         for output in graph.outputs:
             for field in _fields(self._values[output]):
                 self.fields.pin(field, f"the network's output, {where(output)}")
+        self._isolate_floored()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,7 +82,9 @@ class Walk:
 
     def floor(self, field: Field) -> None:
         """Note that a field does not matter, but for a norm's epsilon."""
-        self.floored += self.fields.forms(field)
+        forms = self.fields.forms(field)
+        self.floored += forms
+        self._floors += [self.node] * len(forms)
 
     def reason(self, why: str) -> str:
         """A sentence about the operation at hand."""
@@ -90,6 +95,17 @@ class Walk:
     def name(self) -> str:
         """The operation's name."""
         return operation(self.node)
+
+    def _isolate_floored(self) -> None:
+        """Let each floored log-scale be one free unknown, so that all others are exact.
+
+        Of a sum of two free unknowns both would count as inexact, their difference included.
+        """
+        for row, node in zip(self.floored, self._floors, strict=True):
+            if len(self.system.reduce(row)) > 1:
+                alone = self.system.unknowns(1, bound=False)[0]
+                self.system.require({**row, alone: -1}, "", keep=alone)
+                self.origins.append((alone, node))
 
     def _value(self) -> Any:
         node = self.node

@@ -23,7 +23,9 @@ _EPSILON = 1e-3
 def same(walk: Walk, x: Field, *_: Any, **__: Any) -> Field:
     """Positively homogeneous of degree one, unless rounded to whole numbers."""
     dtype = walk.node.meta["val"].dtype
-    if not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool:
+    if dtype == torch.bool:  # whether something is zero
+        return Field(walk.shape)
+    if not dtype.is_floating_point and not dtype.is_complex:
         walk.pin(x, "rounds to whole numbers")
         return Field(walk.shape)
     return x.expanded(walk.shape) if x.terms else Field(walk.shape, zero=x.zero)
@@ -59,7 +61,7 @@ def clamp(walk: Walk, x: Field, *limits: Any, **named: Any) -> Any:
     lowest = walk.name == "clamp_min" or (walk.name == "clamp" and len(given) == 1 and "max" not in named)
     if lowest and not isinstance(given[0], Field) and 0 < given[0] <= _EPSILON and len(limits) < 2:
         walk.floor(x)
-        return x
+        return Field(x.shape, x.terms)
     for v in given:
         if isinstance(v, Field):
             walk.pin(v)
@@ -69,7 +71,7 @@ def clamp(walk: Walk, x: Field, *limits: Any, **named: Any) -> Any:
 @rule(
     "gelu", "silu", "tanh", "sigmoid", "softplus", "elu", "selu", "celu", "mish", "exp", "log", "log1p", "expm1",
     "sin", "cos", "erf", "hardswish", "hardsigmoid", "hardtanh", "hardshrink", "softshrink", "relu6", "softmax",
-    "_softmax", "log_softmax", "_log_softmax", "logsigmoid", "log_sigmoid_forward", "logsumexp", "softsign", "atan",
+    "_softmax", "log_softmax", "_log_softmax", "log_sigmoid", "log_sigmoid_forward", "logsumexp", "softsign", "atan",
     "round", "floor", "ceil", "cross_entropy_loss", "nll_loss_nd", "nll_loss", "nll_loss_forward", "mse_loss",
     "l1_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "smooth_l1_loss", "huber_loss", "kl_div",
 )  # fmt: skip
@@ -118,7 +120,7 @@ def masked(walk: Walk, x: Field, mask: Field, value: Any) -> Field:
 def added(walk: Walk, x: Any, other: Any, *_: Any, alpha: float = 1) -> Any:
     """Summands change alike; a number stays what it is."""
     x, other = (_constant(walk, v) for v in (x, other))
-    if walk.name == "add" and not other.terms and not other.zero and _is_floor(walk):
+    if walk.name == "add" and not (other.terms or other.zero or x.zero) and _is_floor(walk):
         walk.floor(x)
         return x.expanded(walk.shape)
     return walk.equal(x, other)
@@ -184,8 +186,8 @@ def glu(walk: Walk, x: Field, dim: int = -1) -> Field:
 )  # fmt: skip
 def constant(walk: Walk, x: Any = None, *rest: Any, **__: Any) -> Any:
     """New tensors."""
-    if any(isinstance(v, Field) for v in rest):
-        return NotImplemented
+    if rest and isinstance(rest[0], Field):  # filled with a tensor's value
+        return rest[0].expanded(walk.shape)
     if walk.name in {"argmax", "argmin"}:
         walk.uniform(x, range(len(x.shape)) if not rest or rest[0] is None else [rest[0]])
     filled = {"full": 0, "full_like": 0, "new_full": 1, "fill": 0}

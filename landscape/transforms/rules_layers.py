@@ -32,9 +32,7 @@ def contracted(walk: Walk, operands: Sequence[tuple[Field, str]], output: str) -
 
 
 def _biased(walk: Walk, y: Field, bias: Field | None) -> Field:
-    if bias is not None:
-        walk.equal(y, bias)
-    return y
+    return y if bias is None else walk.equal(y, bias)
 
 
 @rule("linear")
@@ -111,8 +109,7 @@ def convolution(
     )
     outputs = groups * y.shape[2]
     y = y.mapped(lambda ids: ids.reshape(n, outputs), (n, outputs))
-    if bias is not None:
-        walk.equal(y, bias)
+    y = _biased(walk, y, bias)
     shape = (n if batched else 1, outputs, *([1] * spatial))
     y = y.mapped(lambda ids: ids.reshape(shape), shape)
     if not batched:

@@ -25,8 +25,7 @@ def batch_norm(walk: Walk, x: Field, weight: Field | None, bias: Field | None, *
     # By the batch: also over the examples, but each image has its own statistics in instance norm.
     channel = walk.uniform(x, spatial if walk.name == "instance_norm" else [0, *spatial])
     if evaluated and mean is not None:
-        walk.equal(_flat(channel, x.shape[1]), mean)
-        y = channel
+        y = walk.equal(channel, _beside(mean, len(x.shape)))
     else:
         walk.floor(channel)
         y = Field(channel.shape)
@@ -92,18 +91,14 @@ def _affine(walk: Walk, y: Field, weight: Field | None, bias: Field | None) -> F
     if weight is not None:
         y = y.plus(weight)
         y = Field(y.shape, ((1, walk.fields.joined(y)),)) if y.terms else y
-    if bias is not None:
-        walk.equal(y, bias)
-    return y
+    return y if bias is None else walk.equal(y, bias)
 
 
 def _along(vector: Field | None, ndim: int) -> Field | None:
+    return None if vector is None else _beside(vector, ndim)
+
+
+def _beside(vector: Field, ndim: int) -> Field:
     """A vector over channels, beside the other dimensions."""
-    if vector is None:
-        return None
     shape = (1, vector.shape[0], *([1] * (ndim - 2)))
     return vector.mapped(lambda ids: ids.reshape(shape), shape)
-
-
-def _flat(channel: Field, channels: int) -> Field:
-    return channel.mapped(lambda ids: ids.reshape(-1, channels)[0], (channels,))

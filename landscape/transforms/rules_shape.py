@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from landscape.transforms.fields import Field, compact
-from landscape.transforms.rules import Walk, rule
+from landscape.transforms.rules import Walk, constants, rule
 
 
 @rule(
@@ -39,6 +39,11 @@ def joined(walk: Walk, parts: Sequence[Field], dim: int = 0) -> Field:
     """Side by side."""
     parts = [part for part in parts if walk.name == "stack" or part.shape != (0,)]
     operation = torch.stack if walk.name == "stack" else torch.cat
+    if walk.name == "stack" and any(
+        part.terms for part in parts
+    ):  # zeros go with whatever stands beside them
+        first = next(part for part in parts if part.terms)
+        parts = [first if part.zero else part for part in parts]
     ids = [
         walk.fields.fresh(part.shape, dim % len(part.shape))
         if part.zero and not part.terms and walk.name != "stack"
@@ -131,6 +136,15 @@ def embedded(walk: Walk, table: Field, index: Field, *_: Any) -> Field:
     """Rows of a table: which ones is up to the data."""
     row = walk.uniform(table, [0])
     return row.mapped(lambda ids: ids.reshape(ids.shape[1:]), row.shape[1:]).expanded(walk.shape)
+
+
+@rule("embedding_bag", "_embedding_bag")
+def bag(walk: Walk, table: Field, *rest: Any, **named: Any) -> Any:
+    """Sums or means of rows of a table."""
+    if any(isinstance(v, Field) for v in (*rest[2:], *named.values())):  # weights of the rows
+        return NotImplemented
+    row = walk.uniform(table, [0]).expanded(walk.shape)
+    return (row, *constants(walk.node.meta["val"][1:]))
 
 
 @rule("index_select")

@@ -158,6 +158,25 @@ def _changes(problem: Problem, g: Map, eta: Tensors) -> dict[str, Any]:
     return changes
 
 
+def elementwise(problem: Problem, factors: Tensor) -> PulledBack:
+    """η = D θ with any D: every parameter in a unit of its own. The Hessian becomes D⁻¹HD⁻¹.
+
+    Unlike a rescaling of nodes it takes other coordinates, not other weights: f stays, whatever D is.
+
+    Args:
+        problem: at θ.
+        factors: D (n,), none of them 0.
+
+    Raises:
+        ValueError: for other factors.
+    """
+    theta = problem.parameters_vector()
+    if factors.shape != theta.shape or not bool(((factors != 0) & factors.isfinite()).all()):
+        raise ValueError(f"allowed are {problem.size} finite factors other than 0")
+    d = factors.to(theta)
+    return pulled_back(problem, lambda eta: eta / d.to(eta), d * theta)
+
+
 def radial(problem: Problem, a: float, b: float, center: Tensor | None = None) -> PulledBack:
     """η = (‖θ − θ̂‖² + b)^a (θ − θ̂): a bijection that turns a minimum θ̂ sharp or flat.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,15 +15,15 @@ from landscape import seeds
 from landscape.transforms import nullspace
 from landscape.transforms.balance import balanced
 from landscape.transforms.exponents import Exponents
-from landscape.transforms.transformed import Transformed, moved
+from landscape.transforms.transformed import Transformed, moved, widest
 from landscape.transforms.verification import Verifier, moves
 
 if TYPE_CHECKING:
     from landscape.problem import Problem
 
-# Relative change of the outputs up to which a symmetry is what its tag says. Exact ones stay below 1e-14 on all
-# networks tried; a norm's ε shows in relative changes of 1e-6 to 1e-2.
-_EXACT = 1e-12
+# Relative change of the outputs up to which a symmetry is what its tag says: for an exact one in units of rounding
+# (they stay below 50 on all networks tried); a norm's ε shows in changes of 1e-9 to 1e-2.
+_EXACT = 2.0**12
 _APPROXIMATE = 0.1
 
 
@@ -86,16 +86,17 @@ class Symmetries:
         unknown: operation -> where it stood; it has no rule, so nothing that reaches it may change.
         function_change: the largest relative change of the outputs under all exact nodes together at random
             factors, in float64 where the model runs in it; nan without any.
+        exponents: of the nodes, a sparse matrix.
     """
 
     problem: Problem
-    nodes: tuple[Node, ...]
+    nodes: tuple[Node, ...] = field(repr=False)
     groups: tuple[Group, ...]
     excluded: Mapping[str, str]
     unknown: Mapping[str, Sequence[str]]
     function_change: float
-    _found: nullspace.NullSpace
-    exponents: Exponents
+    exponents: Exponents = field(repr=False)
+    _found: nullspace.NullSpace = field(repr=False)
 
     def __str__(self) -> str:
         lines = [f"{len(self.nodes)} nodes in {len(self.groups)} groups", *map(str, self.groups)]
@@ -197,6 +198,7 @@ class Symmetries:
             buffers=buffers,
             exact=all(self.nodes[k].exact for k in moving),
             name=name,
+            rounding=0.0 if self.problem.dtype != torch.float64 else self._found.rounding,
         )
 
     def random(
@@ -258,8 +260,9 @@ def find(problem: Problem, *, buffers: Literal["move", "frozen"] = "move", seed:
     """
     if buffers not in {"move", "frozen"}:
         raise ValueError(f"buffers is {buffers!r}; allowed is 'move' or 'frozen'")
-    found = nullspace.solve(problem, move_buffers=buffers == "move")
-    test = Verifier(problem, found.layout, nullspace.exponents(found), seed)
+    wide = widest(problem)
+    found = nullspace.solve(wide, move_buffers=buffers == "move")
+    test = Verifier(wide, found.layout, nullspace.exponents(found), seed)
     groups: list[Group] = []
     kept: list[int] = []
     failed: dict[str, str] = {}
@@ -267,7 +270,7 @@ def find(problem: Problem, *, buffers: Literal["move", "frozen"] = "move", seed:
         vectors = [found.vectors[k] for k in members]
         exact = vectors[0].exact
         change = test.change(members, len(groups))
-        if not change <= (_EXACT * test.precision if exact else _APPROXIMATE):
+        if not change <= (_EXACT * found.rounding if exact else _APPROXIMATE):
             why = f"its rescaling failed the verification: the outputs changed by {change:.1e}"
             failed |= dict.fromkeys(vectors[0].tensors, why)
             continue
@@ -296,7 +299,7 @@ def find(problem: Problem, *, buffers: Literal["move", "frozen"] = "move", seed:
     exact_ones = [kept[node.index] for node in nodes if node.exact]
     together = test.change(exact_ones, len(found.vectors)) if exact_ones else math.nan
     exponents = nullspace.exponents(found)
-    return Symmetries(problem, nodes, tuple(groups), excluded, found.unknown, together, found, exponents)
+    return Symmetries(problem, nodes, tuple(groups), excluded, found.unknown, together, exponents, found)
 
 
 def _by_layer(vectors: Sequence[nullspace.Vector]) -> list[list[int]]:

@@ -48,17 +48,18 @@ class System:
         """Whether it is solved for before others."""
         return unknown in self._bound
 
-    def require(self, row: Mapping[int, Number], reason: str) -> bool:
+    def require(self, row: Mapping[int, Number], reason: str, *, keep: int | None = None) -> bool:
         """Add the equation Σ_u row[u] s_u = 0; tell whether it said anything new.
 
         Args:
             row: unknown -> coefficient.
             reason: why the last unknown of the equation is zero, where it then is.
+            keep: an unknown that it is not solved for, if there is another.
         """
         reduced = self.reduce(row)
         if not reduced:
             return False
-        pivot = max(reduced, key=lambda u: (u in self._bound, u))
+        pivot = max(reduced, key=lambda u: (u != keep, u in self._bound, u))
         coefficient = reduced.pop(pivot)
         self._solved[pivot] = {u: _divided(-c, coefficient) for u, c in reduced.items()}
         if not reduced:

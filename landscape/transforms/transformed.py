@@ -81,6 +81,7 @@ def moved(
     exact: bool,
     name: str,
     order: Tensor | None = None,
+    rounding: float = 0.0,
 ) -> Transformed:
     """Move a problem and measure the change of its function.
 
@@ -91,6 +92,7 @@ def moved(
         exact: whether nothing may change but by rounding.
         name: what is done.
         order: of a permutation.
+        rounding: of what the network computes, where that is coarser than the problem's dtype.
 
     Raises:
         Refused: if the function changes by more than rounding though it should not.
@@ -104,12 +106,17 @@ def moved(
         )
     new = problem.at(vector, {**problem.buffers(), **buffers})
     change = function_change(problem, new)
-    if exact and not change <= _ALLOWED * torch.finfo(problem.dtype).eps:
+    if exact and not change <= _ALLOWED * max(torch.finfo(problem.dtype).eps, rounding):
         raise Refused(
             f"{name} changes the function by {change:.1e} (relative), where only rounding is allowed: either the "
             "network loses digits there (take dtype=float64, or a smaller step), or a rule is wrong"
         )
     return Transformed(new, diagonal, dict(buffers), change, exact, name, order)
+
+
+def widest(problem: Problem) -> Problem:
+    """The problem in float64, where the model runs in it."""
+    return problem if problem.dtype == torch.float64 else problem.in_float64() or problem
 
 
 def function_change(problem: Problem, other: Problem) -> float:

@@ -22,11 +22,10 @@ _SPREAD = 0.3  # standard deviation of the random log-scales
 _MOST_EXAMPLES = 32
 _ENTRIES = 4096  # numbers in the batch on which rescalings are verified
 _AWAY = 0.1  # by which parameters are moved before, in units of their own size
-_DOUBLE = torch.finfo(torch.float64).eps
 
 
 class Verifier:
-    """Random rescalings of a problem on its first examples, in float64 where it runs in that.
+    """Random rescalings of a problem on its first examples.
 
     They are applied not at θ but close by: at an initialisation, where biases and running means are 0, much
     that is wrong goes unnoticed.
@@ -36,25 +35,19 @@ class Verifier:
         layout: of the unknowns.
         exponents: of the nodes.
         seed: of all draws.
-
-    Attributes:
-        precision: the unit of rounding, in units of float64's.
     """
 
     def __init__(self, problem: Problem, layout: Layout, exponents: Exponents, seed: int):
-        double = problem if problem.dtype == torch.float64 else problem.in_float64()
-        wide = double or problem
-        self.precision = torch.finfo(wide.dtype).eps / _DOUBLE
         self._layout, self._exponents, self._seed = layout, exponents, seed
-        moving = {name: t for name, t in wide.buffers().items() if name in layout.terms}
-        nearby = [_beside(t, seed, i) for i, t in enumerate(wide.space.split(wide.parameters_vector()))]
+        moving = {name: t for name, t in problem.buffers().items() if name in layout.terms}
+        nearby = [_beside(t, seed, i) for i, t in enumerate(problem.space.split(problem.parameters_vector()))]
         beside = {name: _beside(t, seed, len(nearby) + i) for i, (name, t) in enumerate(moving.items())}
-        self._problem = wide.at(wide.space.flatten(nearby), {**wide.buffers(), **beside})
-        self._piece = graphs.example(wide, examples=_examples(wide))
+        self._problem = problem.at(problem.space.flatten(nearby), {**problem.buffers(), **beside})
+        self._piece = graphs.example(problem, examples=_examples(problem))
         try:
             self._before = outputs(self._problem, self._piece)
         except (RuntimeError, ValueError, IndexError):  # a model that does not take a batch of one
-            self._piece = graphs.example(wide)
+            self._piece = graphs.example(problem)
             self._before = outputs(self._problem, self._piece)
 
     def change(self, nodes: Sequence[int], index: int) -> float:
