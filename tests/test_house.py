@@ -22,7 +22,18 @@ FLOORS = [
     {"batches", "convolution", "guard", "kernels", "losses", "scales", "strict", "tensors"},
     {"netcdf"},
     {"results"},
-    {"arguments", "products", "evaluator", "averages", "product_checks", "checks"},
+    {
+        "arguments",
+        "products",
+        "evaluator",
+        "averages",
+        "product_checks",
+        "checks",
+        "accuracy",
+        "folding",
+        "passes",
+        "displaced",
+    },
     {"problem"},
     {"uses"},
     {"capture", "curvature_columns", "example_norms", "output_curvature", "per_example"},
@@ -61,6 +72,7 @@ FLOORS = [
 # Within a floor, from the bottom up.
 ORDER = {
     "products": 0, "evaluator": 0, "averages": 1, "product_checks": 2, "checks": 3, "convolution": 0, "kernels": 1,
+    "accuracy": 0, "folding": 0, "passes": 1, "displaced": 2,
     "curvature_columns": 0, "output_curvature": 1, "ggn_passes": 0, "ggn_trace": 1,
     "testbeds.nets": 0, "testbeds.digits": 1, "testbeds.train": 1, "testbeds.golden": 2, "testbeds": 3,
 }  # fmt: skip
