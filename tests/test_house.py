@@ -19,7 +19,7 @@ PACKAGE = ROOT / "landscape"
 FLOORS = [
     {"_version", "errors"},
     {"atomic", "provenance", "record", "seeds", "vectors"},
-    {"batches", "convolution", "guard", "kernels", "losses", "scales", "strict", "tensors"},
+    {"batches", "checkpoints", "convolution", "guard", "kernels", "losses", "scales", "strict", "tensors"},
     {"netcdf"},
     {"results"},
     {
@@ -55,6 +55,9 @@ FLOORS = [
     {"estimators.density"},
     {"estimators.logdet"},
     {"estimators"},
+    {"directions.base"},
+    {"directions.drawn", "directions.of_loss", "directions.paths"},
+    {"directions"},
     {"traces.plan", "traces.deflation"},
     {"traces.estimate", "traces.probing"},
     {"traces.pilot"},
@@ -72,7 +75,7 @@ FLOORS = [
 # Within a floor, from the bottom up.
 ORDER = {
     "products": 0, "evaluator": 0, "averages": 1, "product_checks": 2, "checks": 3, "convolution": 0, "kernels": 1,
-    "accuracy": 0, "folding": 0, "passes": 1, "displaced": 2,
+    "directions.paths": 1, "accuracy": 0, "folding": 0, "passes": 1, "displaced": 2,
     "curvature_columns": 0, "output_curvature": 1, "ggn_passes": 0, "ggn_trace": 1,
     "testbeds.nets": 0, "testbeds.digits": 1, "testbeds.train": 1, "testbeds.golden": 2, "testbeds": 3,
 }  # fmt: skip
