@@ -38,6 +38,7 @@ _LINES: tuple[tuple[Any, ...], ...] = (
         ("matvecs", "{:.0f} products"),
         ("backward_passes", "{:.0f} backward passes"),
         ("gradients", "{:.0f} gradients"),
+        ("values", "{:.0f} losses"),
         ("wall_seconds", "{:.1f} s"),
     ),
     ("versions", ("landscape_version", "landscape {}"), ("torch_version", "torch {}"), ("time", "{}")),

@@ -165,6 +165,18 @@ class Displaced:
         self._evaluator.slots.refill(self._buffers)
 
 
+def judges(problem: Problem) -> bool:
+    """Whether there are right and wrong answers: class labels and outputs for each class, or binary ones."""
+    if not problem.evaluator.has_outputs:
+        return False
+    evaluator = problem.evaluator
+    with problem.session(), torch.no_grad():
+        piece = next(iter(evaluator.pieces(problem.batches)))[0]
+        with problem.filled(problem.leaves()):
+            outputs = evaluator.outputs(piece)
+        return Judge(evaluator.loss, evaluator.ignored()).can(outputs, evaluator.target_of(piece))
+
+
 class _Sums:
     """What the micro-batches of one point give; read at its end, so that a device need not wait before."""
 

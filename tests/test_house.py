@@ -18,8 +18,19 @@ PACKAGE = ROOT / "landscape"
 # Floor of each module; a package's base lies below its siblings. A file imports only from lower floors.
 FLOORS = [
     {"_version", "errors"},
-    {"atomic", "provenance", "record", "seeds", "vectors"},
-    {"batches", "checkpoints", "convolution", "guard", "kernels", "losses", "scales", "strict", "tensors"},
+    {"atomic", "provenance", "record", "refinement", "seeds", "vectors"},
+    {
+        "grids",
+        "batches",
+        "checkpoints",
+        "convolution",
+        "guard",
+        "kernels",
+        "losses",
+        "scales",
+        "strict",
+        "tensors",
+    },
     {"netcdf"},
     {"results"},
     {
@@ -57,7 +68,8 @@ FLOORS = [
     {"estimators"},
     {"directions.base"},
     {"directions.drawn", "directions.of_loss", "directions.paths"},
-    {"directions"},
+    {"directions", "norms"},
+    {"planes"},
     {"traces.plan", "traces.deflation"},
     {"traces.estimate", "traces.probing"},
     {"traces.pilot"},
@@ -71,6 +83,7 @@ FLOORS = [
     {"plots.style", "plots.words"},
     {"run", "plots", "testbeds.*", "testbeds"},
     {"plots.*"},
+    {"plots.surface"},
 ]
 # Within a floor, from the bottom up.
 ORDER = {

@@ -93,6 +93,7 @@ class Metric(abc.ABC):
         block: the most units measured at once.
         citation: the source of the definition.
         told: further variables, numbers without an error, that are told with the headline.
+        outlook_in: what `outlook` counts, and what one of them costs in gradients, about.
     """
 
     name: ClassVar[str]
@@ -101,6 +102,7 @@ class Metric(abc.ABC):
     block: ClassVar[int] = 16
     citation: ClassVar[str] = ""
     told: ClassVar[tuple[str, ...]] = ()
+    outlook_in: ClassVar[tuple[str, float]] = ("products", 2.5)  # between 2.2 and 2.9 by network
 
     def __post_init__(self) -> None:
         """Refuse a choice that is none of a field's.
