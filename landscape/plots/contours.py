@@ -44,7 +44,13 @@ def draw(figure: Figure, pictures: Sequence[SurfacePicture]) -> None:
     if len(pictures) == 1:
         _space(figure.add_subplot(rows, columns, 2, projection="3d"), pictures[0], norm)
         if len(pictures[0].curvature):
-            _curvature(figure, figure.add_subplot(rows, columns, 3), pictures[0])
+            _, _, high, low = pictures[0].curvature.T
+            titles = {
+                "largest Hessian eigenvalue": high,
+                "smallest / |largest| Hessian eigenvalue": low / np.abs(high),
+            }
+            for place, (title, values) in enumerate(titles.items(), start=3):
+                _curvature(figure, figure.add_subplot(rows, columns, place), pictures[0], values, title)
 
 
 def interactive(pictures: Sequence[SurfacePicture]) -> plotly.graph_objects.Figure:
@@ -98,8 +104,8 @@ def shown(picture: SurfacePicture, losses: np.ndarray) -> np.ndarray:
 
 def _shape(pictures: Sequence[SurfacePicture], width: float) -> tuple[int, int]:
     """Rows and columns of panels."""
-    count = len(pictures) if len(pictures) > 1 else 2 + bool(len(pictures[0].curvature))
-    most = 1 if width < style.SIDE_BY_SIDE else 2 if count == 4 or len(pictures) == 1 else 3
+    count = len(pictures) if len(pictures) > 1 else 2 + 2 * bool(len(pictures[0].curvature))
+    most = 1 if width < style.SIDE_BY_SIDE else 2 if count == 4 else 3
     columns = min(count, most)
     return -(-count // columns), columns
 
@@ -167,19 +173,18 @@ def _space(axes: Any, picture: SurfacePicture, norm: Any) -> None:
     axes.set_box_aspect((1, 1, 0.7), zoom=0.95)
 
 
-def _curvature(figure: Figure, axes: Axes, picture: SurfacePicture) -> None:
-    """λ_min over λ_max as colours: how far the Hessian is from positive."""
-    x, y, high, low = picture.curvature.T
+def _curvature(figure: Figure, axes: Axes, picture: SurfacePicture, values: np.ndarray, title: str) -> None:
+    x, y, *_ = picture.curvature.T
     across, up = np.unique(x), np.unique(y)
-    ratio = (low / np.abs(high)).reshape(len(up), len(across))
-    drawn = axes.pcolormesh(across, up, ratio, cmap=_COLOURS, shading="nearest")
+    drawn = axes.pcolormesh(
+        across, up, values.reshape(len(up), len(across)), cmap=_COLOURS, shading="nearest"
+    )
     axes.set_xlim(x.min(), x.max())
     axes.set_ylim(y.min(), y.max())
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.02)
-    bar.ax.tick_params(labelsize=SMALL)
-    axes.set_title(
-        "λ_min / |λ_max| of the Hessian".replace("_min", "ₘᵢₙ").replace("_max", "ₘₐₓ"), fontsize=SMALL
-    )
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.85, pad=0.015, aspect=28)
+    bar.ax.tick_params(labelsize=SMALL, width=0.6, length=2.5)
+    bar.outline.set_linewidth(0.4)
+    axes.set_title(title, fontsize=SMALL)
     _label(axes, picture)
     style.dress(axes)
 

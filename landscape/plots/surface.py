@@ -66,7 +66,7 @@ class SurfacePicture:
     def finite(self) -> np.ndarray:
         """All finite losses."""
         every = np.concatenate([self.loss.ravel(), self.refined[:, -1]])
-        return every[np.isfinite(every)]
+        return np.asarray(every[np.isfinite(every)])
 
 
 def prepare(record: Record, name: str = "", log: bool | None = None) -> SurfacePicture:
@@ -89,7 +89,7 @@ def prepare(record: Record, name: str = "", log: bool | None = None) -> SurfaceP
     finite = finite[np.isfinite(finite)]
     if log and finite.min() <= 0:
         raise PlotError(
-            f"the lowest loss is {finite.min():g}, and a logarithmic scale has none below zero; leave out --log"
+            f"the lowest loss is {finite.min():g}; a logarithmic scale needs positive ones: --linear"
         )
     spans = finite.min() > 0 and np.log10(finite.max() / finite.min()) >= _LOGARITHMIC_FROM
     size = max((stop for _, stop in record.attrs.get("parameter_ranges", {}).values()), default=None)
@@ -100,7 +100,7 @@ def prepare(record: Record, name: str = "", log: bool | None = None) -> SurfaceP
         labels=_labels(record, names),
         loss=loss,
         measured=record["measured"],
-        accuracy=record["accuracy"] if "accuracy" in record else None,
+        accuracy=record["accuracy"] if "accuracy" in record else None,  # noqa: SIM401  (a Record is no dict)
         refined=refined[np.isfinite(refined).all(axis=1)],
         lowest=np.array([float(record[f"lowest_{n}"]) for n in names]),
         path=_columns(record, [f"trajectory_{n}" for n in names]),
@@ -210,7 +210,8 @@ def _labels(record: Record, names: Sequence[str]) -> tuple[str, ...]:
 
 def _caption(record: Record, loss: np.ndarray) -> str:
     """Return for example `loss at θ (+) 0.0458, lowest (○) 0.0448; 3 points not finite (grey)`."""
-    parts = [f"loss at θ (+) {words.number(float(record['loss_origin']))}"]
+    mark = "+" if loss.ndim > 1 else "dotted"
+    parts = [f"loss at θ ({mark}) {words.number(float(record['loss_origin']))}"]
     parts.append(f"lowest (○) {words.number(float(record['loss_lowest']))}")
     if "trajectory_x" in record:
         text = f"training path (line), {record['trajectory_x'].size} checkpoints"
