@@ -114,8 +114,7 @@ def _contours(axes: Axes, picture: SurfacePicture, levels: np.ndarray, norm: Any
     x, y = picture.axes
     masked = ~np.isfinite(picture.loss)
     if masked.any():
-        broken = np.ma.masked_where(~(masked & picture.measured), np.ones(masked.shape))
-        axes.pcolormesh(x, y, broken, cmap=_one_colour(), shading="nearest", zorder=0)
+        axes.pcolormesh(x, y, _broken(masked & picture.measured), cmap=_one_colour(), zorder=0)
     if len(picture.refined):
         fine = np.isfinite(picture.loss)
         xs, ys = (part[fine] for part in np.meshgrid(x, y))
@@ -146,6 +145,12 @@ def _contours(axes: Axes, picture: SurfacePicture, levels: np.ndarray, norm: Any
     axes.set_ylim(y[0], y[-1])
     _label(axes, picture)
     style.dress(axes)
+
+
+def _broken(points: np.ndarray) -> Any:
+    """The cells with such a corner, which contours leave out."""
+    cells = points[1:, 1:] | points[1:, :-1] | points[:-1, 1:] | points[:-1, :-1]
+    return np.ma.masked_where(~cells, np.ones(cells.shape))
 
 
 def _label(axes: Axes, picture: SurfacePicture) -> None:
