@@ -44,6 +44,8 @@ def following(axes: Sequence[np.ndarray], values: np.ndarray, refined: np.ndarra
     Returns:
         Coordinates, (points, axes).
     """
+    if limit <= len(refined):
+        return np.zeros((0, len(axes)))
     known = {tuple(_UNIT * i for i in index): float(value) for index, value in np.ndenumerate(values)}
     cells = _cells(values)
     used = 0

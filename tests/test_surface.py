@@ -12,7 +12,7 @@ import torch
 from cases import BY_NAME
 from cases_base import labels, normal
 from click.testing import CliRunner
-from landscape_cli import app
+from landscape_cli import app as cli_app
 from test_displaced import trained_images
 from test_problem_untouched import same, snapshot
 from torch import Tensor, nn
@@ -455,7 +455,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> Any:
-        return CliRunner().invoke(app, list(words))
+        return CliRunner().invoke(cli_app.app, list(words))
 
     measured = (
         "measure",

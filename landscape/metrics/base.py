@@ -318,12 +318,31 @@ def _measure_open_blocks(
             continue
         # A block that an earlier, smaller demand left half done is measured whole: what its units say
         # together must not depend on that history.
-        generators = [seeds.generator(seed, metric.name, i) for i in block]
+        generators = _Streams(seed, metric.name, block)
         with _charged(record, problem):
             values = metric.run_block(problem, record, block, generators, journal)
         _store(record, block, values)
         journal.commit(record)
         journal.progress(record, int(record["done"].sum()), stop)
+
+
+class _Streams(Sequence[torch.Generator]):
+    """The random streams of a block's units, each made when it is asked for: at its beginning."""
+
+    def __init__(self, seed: int, name: str, block: range):
+        self._seed, self._name, self._block = seed, name, block
+
+    def __len__(self) -> int:
+        return len(self._block)
+
+    @typing.overload
+    def __getitem__(self, index: int) -> torch.Generator: ...
+    @typing.overload
+    def __getitem__(self, index: slice) -> _Streams: ...
+    def __getitem__(self, index: int | slice) -> torch.Generator | _Streams:
+        if isinstance(index, slice):
+            return _Streams(self._seed, self._name, self._block[index])
+        return seeds.generator(self._seed, self._name, self._block[index])
 
 
 def _open_round(metric: Metric, record: Record, following: Round) -> None:
