@@ -151,7 +151,7 @@ def worker(name: str, arguments: argparse.Namespace) -> None:
     metric = Loss(nn.CrossEntropyLoss(), inputs, targets)
     tasks = {
         "bare": bare(model, inputs, targets, size, count**2),
-        "peer": lambda: loss_landscapes.random_plane(model, metric, 1, count, "filter", deepcopy_model=True),
+        "peer": lambda: loss_landscapes.random_plane(model, metric, 1, count, "model", deepcopy_model=True),
     }
     seconds = timing.alternate(tasks, arguments.rounds, clock=arguments.time)
     print(json.dumps(timing.ratios(seconds, "bare")["peer"]))

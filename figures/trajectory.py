@@ -24,7 +24,7 @@ from landscape.seeds import generator
 from landscape.testbeds import batches, mlp, split
 from landscape.testbeds.digits import SIZES, digits
 
-BATCH, LEARNING_RATE, MOMENTUM = 64, 0.02, 0.9
+BATCH, LEARNING_RATE, MOMENTUM = 64, 0.05, 0.9
 
 
 def train(model: nn.Module, epochs: int, folder: Path) -> list[str]:

@@ -5,7 +5,7 @@ The parameters are views of one flat buffer, which each point writes anew from Î
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -102,26 +102,22 @@ class Displaced:
             stack.enter_context(self._evaluator.slots.filled(self._tensors))
             stack.enter_context(self._folded.active())
             stack.enter_context(self.ways.without_grad())
-            for piece, write, total in self._order(writers, sums):
-                if write is not None:
-                    write()
-                    self._folded.refresh()
-                self._add(piece, total)
+            if self._prepared.pieces is not None:
+                for write, total in zip(writers, sums, strict=True):
+                    self._move(write)
+                    for piece in self._prepared.pieces:
+                        self._add(piece, total)
+            else:  # read anew: once for all points
+                for piece in passes.stream(self._problem, self.ways):
+                    for write, total in zip(writers, sums, strict=True):
+                        self._move(write)
+                        self._add(piece, total)
         self._problem.cost.values += len(writers)
         return [total.result(self._also) for total in sums]
 
-    def _order(
-        self, writers: Sequence[Callable[[], object]], sums: Sequence[_Sums]
-    ) -> Iterator[tuple[Piece, Callable[[], object] | None, _Sums]]:
-        """Points outside and micro-batches inside, or the other way round where data are read anew."""
-        if self._prepared.pieces is not None:
-            for write, total in zip(writers, sums, strict=True):
-                for i, piece in enumerate(self._prepared.pieces):
-                    yield piece, write if i == 0 else None, total
-        else:
-            for piece in passes.stream(self._problem, self.ways):
-                for write, total in zip(writers, sums, strict=True):
-                    yield piece, write, total
+    def _move(self, write: Callable[[], object]) -> None:
+        write()
+        self._folded.refresh()
 
     def _add(self, piece: Piece, total: _Sums) -> None:
         if not self._evaluator.has_outputs:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -269,9 +268,7 @@ def _weighed(problem: Problem, ways: Ways, *, merged: bool = True) -> Iterator[P
 
 def _recut(data: Iterable[Any], most: int, merged: bool) -> Iterator[Any]:
     """Cut neighbouring batches of the same kind together into equal parts of at most so many examples."""
-    groups = (
-        [[batch] for batch in data] if not merged else [list(g) for _, g in itertools.groupby(data, _kind)]
-    )
+    groups = _groups(data) if merged else ([batch] for batch in data)
     for group in groups:
         try:
             count = sum(batching.examples(batch) for batch in group)
@@ -281,6 +278,24 @@ def _recut(data: Iterable[Any], most: int, merged: bool) -> Iterator[Any]:
         whole, parts = _joined(group), max(1, -(-count // most))
         for i in range(parts):
             yield batching.cut(whole, i * count // parts, (i + 1) * count // parts)
+
+
+def _groups(data: Iterable[Any]) -> Iterator[list[Any]]:
+    """Neighbouring batches that can be joined."""
+    group: list[Any] = []
+    for batch in data:
+        if group and not _alike(group[-1], batch):
+            yield group
+            group = []
+        group.append(batch)
+    yield group
+
+
+def _alike(a: Any, b: Any) -> bool:
+    try:
+        return bool(_kind(a) == _kind(b))
+    except (ValueError, RuntimeError):  # what is no tensor may not be compared
+        return False
 
 
 def _kind(batch: Any) -> Any:

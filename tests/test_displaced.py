@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES
@@ -316,3 +317,13 @@ def test_what_calls_a_layer_reads_is_seen() -> None:
     found = folding.layers(model, lambda: model(torch.ones(2, 2, 6)))
     assert [(layer.module, layer.norm) for layer in found] == [(model[0], model[1])]
     assert same(list(model.state_dict().values()), list(copied.state_dict().values()))
+
+
+def test_batches_with_more_than_tensors_are_joined_only_where_that_is_equal() -> None:
+    arrays = [{"x": normal(3, 2), "note": np.arange(3) + i} for i in (0, 1)]
+    words = [{"x": normal(3, 2), "note": "same"} for _ in (0, 1)]
+    for data, pieces in ((arrays, 2), (words, 1)):
+        problem = Problem(nn.Linear(2, 1).double(), forward=lambda m, b: m(b["x"]).square().mean(), data=data)
+        with problem.displaced() as at:
+            assert len(at._prepared.pieces) == pieces
+            assert at() == pytest.approx(float(problem.value()), rel=1e-14)

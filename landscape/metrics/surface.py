@@ -25,7 +25,7 @@ from landscape.problem import Problem
 from landscape.results import Record, Variable
 
 _LINES = {"gradient", "difference"}  # that give one direction
-_WORK = 1 << 32  # parameters times examples times points that a block holds
+_WORK = 1 << 33  # parameters times examples times points that a block holds
 _COMPARED = 25  # points at which another precision is compared with the model's own
 
 
@@ -43,7 +43,7 @@ class Surface(Metric):
     name: ClassVar[str] = "surface"
     headline: ClassVar[str] = "loss"
     unit: ClassVar[str] = "point"
-    block: ClassVar[int] = 64
+    block: ClassVar[int] = 256
     citation: ClassVar[str] = "Li et al. 2018, arXiv:1712.09913"
     told: ClassVar[tuple[str, ...]] = ("loss_origin", "loss_lowest")
     outlook_in: ClassVar[tuple[str, float]] = ("losses", 0.35)

@@ -140,6 +140,7 @@ def _contours(axes: Axes, picture: SurfacePicture, levels: np.ndarray, norm: Any
         markersize=6,
         markeredgewidth=1.0,
         zorder=4,
+        clip_on=False,
     )
     axes.set_xlim(x[0], x[-1])
     axes.set_ylim(y[0], y[-1])
