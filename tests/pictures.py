@@ -31,7 +31,9 @@ def texts(figure: Figure) -> tuple[list[Text], list[Text], list[Text]]:
     ticks, hidden = [], []
     for axes in figure.axes:
         if axes.name == "3d":  # places its labels while it draws, and keeps none of the places
-            hidden += [t.label1 for axis in (axes.xaxis, axes.yaxis, axes.zaxis) for t in axis.get_major_ticks()]
+            hidden += [
+                t.label1 for axis in (axes.xaxis, axes.yaxis, axes.zaxis) for t in axis.get_major_ticks()
+            ]
             continue
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())

@@ -196,6 +196,8 @@ def test_every_format(tmp_path: Path) -> None:
     for ending in ("png", "pdf", "svg", "html", "vtk"):
         out = plots.plot(tmp_path / "run/surface.h5", tmp_path / f"s.{ending}")
         assert out.stat().st_size > 2000
+        again = plots.plot(tmp_path / "run/surface.h5", tmp_path / f"again.{ending}")
+        assert again.read_bytes() == out.read_bytes()
     plots.plot([surface_record(), surface_record()], tmp_path / "two.html")
     plots.plot(surface_record((9,)), tmp_path / "line.html")
     with pytest.raises(PlotError, match="this is a line"):
