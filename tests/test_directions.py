@@ -112,6 +112,37 @@ def _expected_curvature(count: int) -> None:
     assert abs(float(found.mean()) - expected) < 4 * float(found.std()) / math.sqrt(count)
 
 
+def saddle(positive: int, negative: int) -> Problem:
+    """L = θᵀHθ / 2 with H = diag(1, ..., -1, ...)."""
+    h = torch.cat([torch.ones(positive), -torch.ones(negative)]).double()
+    return Problem(
+        lambda p, x: (h * p["a"] ** 2).sum() / 2 + 0 * x.sum(),
+        forward=lambda m, b: m(b),
+        data=[torch.ones(1).double()],
+        parameters={"a": torch.zeros(len(h)).double()},
+    )
+
+
+def test_the_curvature_along_unit_directions_has_the_known_mean_and_variance() -> None:
+    """E uᵀHu = t/N, Var = 2/(N(N+2)) (F² − t²/N); 4 standard errors, fails once in 8000 seeds."""
+    problem, count, n = saddle(70, 30), 400, 100
+    with problem.displaced() as at:
+        found = np.array([2 * at.moved(u) for u in directions.gaussian(problem, count, seed=1).normalized()])
+    t, square = 40, 100
+    variance = 2 / (n * (n + 2)) * (square - t**2 / n)
+    assert abs(found.mean() - t / n) < 4 * math.sqrt(variance / len(found))
+    assert abs(found.var() / variance - 1) < 4 * math.sqrt(2 / len(found))
+
+
+def test_the_hessian_plane_of_a_saddle_has_curvatures_one_and_minus_one() -> None:
+    plane = directions.eigenvectors(saddle(13, 7), rtol=1e-12)
+    with saddle(13, 7).displaced(*plane) as at:
+        for h in (0.5, 2.0):
+            assert at(h, 0) + at(-h, 0) - 2 * at() == pytest.approx(h**2, rel=1e-12)
+            assert at(0, h) + at(0, -h) - 2 * at() == pytest.approx(-(h**2), rel=1e-12)
+            assert at(h, h) == pytest.approx(0, abs=1e-12)
+
+
 # --- of the loss ----------------------------------------------------------------------------------------
 
 
