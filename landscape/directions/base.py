@@ -96,7 +96,7 @@ class Directions:
         found = torch.linalg.lstsq(products, right.T, driver="gelsd").solution.T
         left = torch.stack(
             [
-                (row.double() - c @ self.vectors.double()).norm()
+                (row.double() - c.to(row.device) @ self.vectors.double()).norm()
                 for row, c in zip(displacements, found, strict=True)
             ]
         )
