@@ -18,9 +18,9 @@ from test_problem_untouched import same, snapshot
 from torch import Tensor, nn
 
 import landscape
-from landscape import Problem, Refused, directions, norms, refinement
+from landscape import Problem, Refused, directions, norms, refinement, seeds
 from landscape.metrics import Eigenvalues, Surface
-from landscape.metrics.base import Journal
+from landscape.metrics.base import Journal, _Streams
 from landscape.record import Record
 
 
@@ -488,3 +488,12 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     )
     assert missing.exit_code == 3
     assert "a.pt is no checkpoint: there is no such file" in missing.output
+
+
+def test_streams_of_a_block_are_those_of_its_units_and_go_on() -> None:
+    streams, units = _Streams(3, "mine", range(5, 9)), [seeds.generator(3, "mine", i) for i in range(5, 9)]
+    assert len(streams) == 4
+    for _ in range(2):
+        for stream, unit in zip(streams, units, strict=True):
+            assert torch.equal(torch.rand(3, generator=stream), torch.rand(3, generator=unit))
+    assert [g.initial_seed() for g in streams[1:3]] == [g.initial_seed() for g in units[1:3]]

@@ -327,10 +327,11 @@ def _measure_open_blocks(
 
 
 class _Streams(Sequence[torch.Generator]):
-    """The random streams of a block's units, each made when it is asked for: at its beginning."""
+    """The random streams of a block's units, made when one is asked for; one that was drawn from goes on."""
 
     def __init__(self, seed: int, name: str, block: range):
         self._seed, self._name, self._block = seed, name, block
+        self._made: list[torch.Generator] = []
 
     def __len__(self) -> int:
         return len(self._block)
@@ -338,11 +339,11 @@ class _Streams(Sequence[torch.Generator]):
     @typing.overload
     def __getitem__(self, index: int) -> torch.Generator: ...
     @typing.overload
-    def __getitem__(self, index: slice) -> _Streams: ...
-    def __getitem__(self, index: int | slice) -> torch.Generator | _Streams:
-        if isinstance(index, slice):
-            return _Streams(self._seed, self._name, self._block[index])
-        return seeds.generator(self._seed, self._name, self._block[index])
+    def __getitem__(self, index: slice) -> list[torch.Generator]: ...
+    def __getitem__(self, index: int | slice) -> torch.Generator | list[torch.Generator]:
+        if not self._made:
+            self._made = [seeds.generator(self._seed, self._name, i) for i in self._block]
+        return self._made[index]
 
 
 def _open_round(metric: Metric, record: Record, following: Round) -> None:
