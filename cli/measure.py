@@ -129,9 +129,10 @@ class _Run:
                 path = _file(folder, name)
                 state = "exists: it is resumed or printed" if path.exists() else "new"
                 counts = f"{least}" if least == most else f"{least} to {most}"
-                times = [_duration(_GRADIENTS_PER_PRODUCT * seconds * n) for n in (least, most)]
+                what, gradients = metric.outlook_in
+                times = [_duration(gradients * seconds * n) for n in (least, most)]
                 about = times[0] if least == most else f"{times[0]} to {times[1]}"
-                emit(f"  {name}: {counts} products, about {about} -> {path} ({state})")
+                emit(f"  {name}: {counts} {what}, about {about} -> {path} ({state})")
                 emit(f"    {self._within_memory(metric, problem)}")
                 emit("    " + ", ".join(f"{key}={value}" for key, value in metric.configuration().items()))
         return 0
@@ -157,10 +158,6 @@ class _Run:
             how = f"; to go on from here, change {' or '.join(larger)}" if larger else ""
             say(f"{row.metric} did not reach its tolerance{how}")
         return TOLERANCE if missed else 0
-
-
-# What a product costs in gradients, per vector in a block: between 2.2 and 2.9 by network.
-_GRADIENTS_PER_PRODUCT = 2.5
 
 
 def _named(args: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ import click
 from .progress import say
 from .show import files
 
-FORMATS = (".png", ".pdf", ".svg", ".html")
+FORMATS = (".png", ".pdf", ".svg", ".html", ".vtk")
 
 
 @click.command("plot", short_help="Draw a picture of a measurement, or of several runs together.")
@@ -17,15 +17,19 @@ FORMATS = (".png", ".pdf", ".svg", ".html")
     "measurements", metavar="MEASUREMENT...", nargs=-1, required=True, type=click.Path(path_type=Path)
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE",
-              help="The picture: .png, .pdf, .svg, or .html to look at with the mouse. "
+              help="The picture: .png, .pdf, .svg, .html to look at with the mouse; of one surface .vtk for ParaView. "
               "[default: a .png beside the measurement; needed with several]")  # fmt: skip
 @click.option("--width", type=click.FloatRange(2, 40), metavar="INCHES",
               help="Width on paper; below 5 the panels stand one above the other. [default: 7]")  # fmt: skip
 @click.option(
     "--dpi", type=click.IntRange(30, 1200), default=200, show_default=True, help="Pixels per inch of a .png."
 )
+@click.option("--log/--linear", default=None,
+              help="Scale of a surface's losses. [default: logarithmic where they span 1.5 decades]")  # fmt: skip
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the trace of an error too.")
-def command(measurements: tuple[Path, ...], out: Path | None, width: float | None, dpi: int) -> None:
+def command(
+    measurements: tuple[Path, ...], out: Path | None, width: float | None, dpi: int, log: bool | None
+) -> None:
     """Draw MEASUREMENT, an .h5 file or a run directory that holds one.
 
     Several measurements of the same metric are drawn over each other, and a legend names their runs.
@@ -38,7 +42,7 @@ def command(measurements: tuple[Path, ...], out: Path | None, width: float | Non
     target = out or found[0].with_suffix(".png")
     if target.suffix.lower() not in FORMATS:
         raise click.UsageError(f"-o {target}: allowed are {', '.join(FORMATS)}")
-    plots.plot(found if len(found) > 1 else found[0], target, width=width, dpi=dpi)
+    plots.plot(found if len(found) > 1 else found[0], target, width=width, dpi=dpi, log=log)
     say(f"wrote {target}")
 
 

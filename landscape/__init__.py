@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from landscape._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from landscape import directions as directions
     from landscape import estimators as estimators
     from landscape import metrics as metrics
     from landscape import transforms as transforms
@@ -41,7 +42,7 @@ _HOME = {
     "measure": "run",
     "open": "results",
 }
-_MODULES = ("estimators", "metrics", "plots", "results", "testbeds", "transforms")
+_MODULES = ("directions", "estimators", "metrics", "plots", "results", "testbeds", "transforms")
 
 __all__ = [*_HOME, *_MODULES, "__version__"]  # noqa: PLE0604  (names, all strings)
 

@@ -52,6 +52,7 @@ class Evaluator:
         self._holder = nn.ModuleDict({k: m for k, m in parts.items() if isinstance(m, nn.Module)})
         self.slots = guard.Slots(self._holder)
         self._open = False
+        self.plans: dict[Any, Any] = {}  # what was found out, for the time of a session
 
     @property
     def has_outputs(self) -> bool:
@@ -70,6 +71,7 @@ class Evaluator:
                 yield
             finally:
                 self._open = False
+                self.plans.clear()
 
     @contextmanager
     def twice_differentiable(self) -> Iterator[None]:
@@ -85,13 +87,19 @@ class Evaluator:
             parameters: by name within the model.
             buffers: by name within the model; those not given are the model's own.
         """
+        with self.slots.filled(self.substitutes(parameters, buffers)):
+            yield
+
+    def substitutes(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the model computes with in `filled`, by name within our slots."""
         measured = {f"model.{name}": t for name, t in parameters.items()}
         given = {f"model.{name}": t for name, t in buffers.items()}
         others = {k: self.moved(t.detach()) for k, t in self.slots.tensors.items() if k not in measured}
         fixed = {k: nn.Parameter(t, requires_grad=False) for k, t in others.items()}
         copies = {k: self.moved(t).clone() for k, t in {**self.slots.buffers, **given}.items()}
-        with self.slots.filled({**measured, **fixed, **copies}):
-            yield
+        return {**measured, **fixed, **copies}
 
     def moved(self, t: Tensor) -> Tensor:
         """Bring a tensor to the device, and to the dtype if it is floating point."""

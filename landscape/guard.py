@@ -35,6 +35,7 @@ class Slots:
         for module in model.modules():
             for holder in (module._parameters, module._buffers):
                 self._places += [(holder, key, names[id(t)]) for key, t in holder.items() if t is not None]
+        self._buffer_places = [place for place in self._places if place[2] in self.buffers]
 
     @property
     def recurrent(self) -> bool:
@@ -58,6 +59,12 @@ class Slots:
                 holder[key] = tensor
             for module, weights in flat:
                 module._flat_weights = weights
+
+    def refill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inside `filled`: put these tensors back where a model has assigned others."""
+        for holder, key, name in self._buffer_places:
+            if name in tensors and holder[key] is not tensors[name]:
+                holder[key] = tensors[name]
 
 
 @contextmanager

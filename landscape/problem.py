@@ -21,7 +21,9 @@ from landscape.product_checks import Matrix, ProductCheck
 from landscape.products import Graph, KeptGraphs
 
 if TYPE_CHECKING:
+    from landscape.displaced import Displaced, Quantity
     from landscape.kernels import Kernels
+    from landscape.passes import Ways
 
 Reduction = Literal["mean", "sum"]
 Mode = Literal["eval", "train"]
@@ -414,6 +416,45 @@ class Problem:
             self._double = double
         return self._double
 
+    @contextlib.contextmanager
+    def displaced(
+        self,
+        *directions: Tensor,
+        exact: bool = False,
+        ways: Ways | None = None,
+        accuracy: bool = False,
+        also: Mapping[str, Quantity] | None = None,
+    ) -> Iterator[Displaced]:
+        """Evaluate losses at θ + Σ cᵢ dᵢ, each at the cost of the bare forward passes.
+
+        >>> from landscape import testbeds
+        >>> model, loss, data, _ = testbeds.load_default()
+        >>> problem = Problem(model, loss, data)
+        >>> with problem.displaced(-problem.gradient()) as at:
+        ...     at(0.0) > at(0.01)
+        True
+
+        Args:
+            directions: vectors dᵢ, each (n,).
+            exact: keep the user's batches and layers: the value is that of `at(θ + Σ cᵢ dᵢ)`, bit for bit; else
+                to rounding.
+            ways: how passes are made, as chosen before by `landscape.passes.choose`.
+            accuracy: share of right answers beside the loss.
+            also: other quantities by name, `f(output, target)` -> a batch's mean over its examples.
+
+        Yields:
+            `at(*c)` -> L; `at.values(points)` -> all quantities at many points; `at.moved(v)` -> L(θ + v).
+
+        Raises:
+            Refused: if quantities of outputs are asked of a problem with `forward=`.
+            ValueError: if a direction does not have n entries.
+        """
+        from landscape import displaced, passes  # not every measurement moves
+
+        with self.session():
+            chosen = ways or passes.choose(self, exact=exact)
+            yield displaced.Displaced(self, directions, ways=chosen, accuracy=accuracy, also=also)
+
     # --- trust ------------------------------------------------------------------------------------
 
     def check(
@@ -548,6 +589,10 @@ class Problem:
     def filled(self, leaves: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
         """Let the model compute with these tensors as its parameters."""
         return self.evaluator.filled(self._named(leaves), self._buffers)
+
+    def substitutes(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
+        """All tensors that the model computes with in `filled`, by name within the evaluator's slots."""
+        return self.evaluator.substitutes(self._named(leaves), self._buffers)
 
     def _named(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
         return {**self._fixed, **dict(zip(self.names, leaves, strict=True))}

@@ -30,11 +30,18 @@ def texts(figure: Figure) -> tuple[list[Text], list[Text], list[Text]]:
     """Titles and axis labels, the tick labels that are drawn, and the rest (legends)."""
     ticks, hidden = [], []
     for axes in figure.axes:
+        if axes.name == "3d":  # places its labels while it draws, and keeps none of the places
+            hidden += [
+                t.label1 for axis in (axes.xaxis, axes.yaxis, axes.zaxis) for t in axis.get_major_ticks()
+            ]
+            continue
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
             for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
                 # matplotlib keeps labels of ticks outside the limits, without drawing them
-                (ticks if low <= tick.get_loc() <= high else hidden).append(tick.label1)
+                for label in (tick.label1, tick.label2):  # of colour bars the second one
+                    shown = low <= tick.get_loc() <= high and label.get_visible()
+                    (ticks if shown else hidden).append(label)
     legends = [legend for part in (figure, *figure.axes) for legend in _legends(part)]
     entries = [text for legend in legends for text in legend.get_texts()]
     known = {*ticks, *hidden, *entries}

@@ -420,7 +420,9 @@ def test_nothing_measured_is_refused():
     record["eigenvalues"][:] = np.nan
     with pytest.raises(PlotError, match="no eigenvalue is found yet"):
         eigenvalues.prepare(record)
-    assert {"density", "eigenvalues", "spectral_norm", "trace"} <= set(plots.metrics_with_a_picture())
+    assert {"density", "eigenvalues", "spectral_norm", "surface", "trace"} <= set(
+        plots.metrics_with_a_picture()
+    )
 
 
 def test_densities_of_two_kinds_are_not_drawn_together(tmp_path: Path):

@@ -26,8 +26,8 @@ __all__ = ["PlotError", "metrics_with_a_picture", "plot", "plus_minus", "power_o
 
 WIDTH = 7.0
 """Default width in inches: the text width of a page."""
-_SHARED = {"style", "words"}
-_FORMATS = {".png", ".pdf", ".svg", ".html"}
+_SHARED = {"contours", "profile", "style", "words"}
+_FORMATS = {".png", ".pdf", ".svg", ".html", ".vtk"}
 # Without these, the same record drawn twice would give two files that differ.
 _NO_DATES: dict[str, dict[str, Any]] = {
     ".png": {"Software": None},
@@ -46,14 +46,17 @@ def plot(
     *,
     width: float | None = None,
     dpi: int = 200,
+    log: bool | None = None,
 ) -> Path:
     """Draw a measurement, or several of the same metric over each other, into a file.
 
     Args:
         record_or_path: a measurement, or its `.h5` file; or a sequence of them, one for each run.
-        out: the picture; its ending chooses the format: .png, .pdf, .svg, or .html (interactive).
+        out: the picture; its ending chooses the format: .png, .pdf, .svg, .html (interactive), or for one surface
+            .vtk (ParaView).
         width: in inches, 7 by default; below 5 the panels stand one above the other.
         dpi: pixels per inch of a .png.
+        log: for surfaces, whether losses are drawn on a logarithmic scale; by default where they span much.
 
     Returns:
         The path of the picture.
@@ -71,9 +74,22 @@ def plot(
             f"{out} is no picture we can draw; allowed endings are {', '.join(sorted(_FORMATS))}"
         )
     records, names = _read(record_or_path)
-    module = _module(_one_metric(records, names))
-    pictures = [module.prepare(record, name=name) for record, name in zip(records, names, strict=True)]
-    image = _html(module, pictures) if kind == ".html" else _image(module, pictures, kind, width, dpi)
+    metric = _one_metric(records, names)
+    module = _module(metric)
+    if metric != "surface" and (log is not None or kind == ".vtk"):
+        what = "a logarithmic scale on request" if log is not None else "a .vtk file"
+        raise PlotError(f"{what} is for surfaces, and this is metric {metric!r}; leave it out")
+    options: dict[str, Any] = {} if log is None else {"log": log}
+    named = zip(records, names, strict=True)
+    pictures = [module.prepare(record, name=name, **options) for record, name in named]
+    if kind == ".vtk" and len(pictures) > 1:
+        raise PlotError(
+            f"a .vtk file holds one surface, and these are {len(pictures)}; export them one by one"
+        )
+    if kind == ".vtk":
+        image = module.vtk(pictures[0])
+    else:
+        image = _html(module, pictures) if kind == ".html" else _image(module, pictures, kind, width, dpi)
     atomic.replace(out, [image])
     return out
 

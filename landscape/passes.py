@@ -1,0 +1,324 @@
+"""How bare forward passes are made fast without another result: batches of the best size, BatchNorm folded.
+
+What is chosen follows from shapes and from a trial of exactness on a few examples, never from a clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from landscape import batches as batching
+from landscape import folding, seeds
+
+if TYPE_CHECKING:
+    from landscape.problem import Problem
+
+# Bytes of the largest intermediate result up to which more examples at once are faster: what the caches of a
+# core hold, or what keeps a GPU busy.
+_LARGEST, _LARGEST_ON_GPU = 2 << 20, 256 << 20
+_FEWEST = 8  # examples at once, also where each of them is large
+_TRIED = 4  # examples on which ways are tried
+_ASIDE = 0.05  # relative displacement of the point where they are tried
+_EXACT = 1e3  # units in the last place, relative to the norm of the outputs
+_NOT_THIS_WAY = (RuntimeError, ValueError, TypeError, IndexError)
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How the passes are made.
+
+    Attributes:
+        exact: whether all is as the user has it, batches and layers, bit for bit.
+        microbatch: examples in one pass, across the borders of batches; None leaves the batches as they come.
+        folded: whether BatchNorms in evaluation mode are part of the layers before them.
+        channels_last: whether images lie in memory as (batch, height, width, channels).
+        inference: whether autograd is off altogether; not so for models that use it themselves.
+        bfloat16: whether layers compute in bfloat16; that is not exact to rounding.
+    """
+
+    exact: bool = True
+    microbatch: int | None = None
+    folded: bool = False
+    channels_last: bool = False
+    inference: bool = True
+    bfloat16: bool = False
+
+    def as_dict(self) -> dict[str, bool | int | None]:
+        """The ways as plain values."""
+        return dataclasses.asdict(self)
+
+    @contextmanager
+    def without_grad(self) -> Iterator[None]:
+        """Make no records for derivatives."""
+        with torch.inference_mode() if self.inference else torch.no_grad():
+            yield
+
+    @contextmanager
+    def precision(self, device: torch.device) -> Iterator[None]:
+        """Let layers compute in the chosen precision."""
+        if self.bfloat16:  # nothing cached: the parameters change in place
+            with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+                yield
+        else:
+            yield
+
+
+@dataclass
+class Piece:
+    """A micro-batch.
+
+    Attributes:
+        batch: its examples.
+        scale: the factor that makes its loss the sum of its terms.
+        weight: the denominator of its mean.
+        judged: how many of its answers can be right or wrong, once somebody asked.
+    """
+
+    batch: Any
+    scale: float
+    weight: float
+    judged: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What passes over a problem's data need, whatever the parameters.
+
+    Attributes:
+        pieces: the micro-batches; None where the data are read anew, because they are too large to keep.
+        layers: those with tensors of their own in place.
+        batches: the problem's, held so that nobody else has their identity.
+    """
+
+    pieces: list[Piece] | None
+    layers: list[folding.Layer]
+    batches: batching.Batches
+
+
+def choose(problem: Problem, *, exact: bool = False, bfloat16: bool = False) -> Ways:
+    """Choose how passes are made.
+
+    Args:
+        problem: inside its session; what is found out lasts as long.
+        exact: keep the user's batches and layers.
+        bfloat16: let layers compute in bfloat16.
+    """
+    plans, key = problem.evaluator.plans, ("ways", id(problem.batches), exact, bfloat16)
+    if key not in plans:
+        plans[key] = problem.batches, _chosen(problem, exact, bfloat16)
+    ways: Ways = plans[key][1]
+    return ways
+
+
+def prepared(problem: Problem, ways: Ways) -> Prepared:
+    """Prepare passes in these ways; kept for the time of the problem's session."""
+    plans, key = problem.evaluator.plans, ("prepared", id(problem.batches), ways)
+    if key not in plans:
+        large = sum(_bytes(batch) for batch in problem.batches) > batching.CACHE_BYTES
+        pieces = None if large else list(_weighed(problem, ways))
+        plans[key] = Prepared(pieces, _layers(problem, ways), problem.batches)
+    found: Prepared = plans[key]
+    return found
+
+
+def stream(problem: Problem, ways: Ways) -> Iterator[Piece]:
+    """Read the micro-batches anew."""
+    return _weighed(problem, ways, merged=False)
+
+
+# --- choices ----------------------------------------------------------------------------------------
+
+
+def _chosen(problem: Problem, exact: bool, bfloat16: bool) -> Ways:
+    few = _few(problem)
+    ways = Ways(bfloat16=bfloat16)
+    with contextlib.suppress(*_NOT_THIS_WAY):  # what is wrong with the model itself shows in its first pass
+        ways = dataclasses.replace(ways, inference=_works(problem, few, ways))
+    if exact or problem.mode == "train":  # examples of a batch may see each other
+        return dataclasses.replace(ways, exact=exact)
+    ways = dataclasses.replace(ways, exact=False, microbatch=_microbatch(problem, few))
+    images = problem.device.type == "cpu" and (problem.dtype == torch.float32 or bfloat16)
+    plain = _answers(problem, few, dataclasses.replace(ways, bfloat16=False))
+    for folded, last in ((True, images), (True, False), (False, images)):
+        tried = dataclasses.replace(ways, bfloat16=False, folded=folded, channels_last=last)
+        if not _layers(problem, tried):
+            continue
+        with contextlib.suppress(*_NOT_THIS_WAY):
+            if _agree(_answers(problem, few, tried), plain, problem.dtype):
+                return dataclasses.replace(tried, bfloat16=bfloat16)
+    return ways
+
+
+def _works(problem: Problem, few: Any, ways: Ways) -> bool:
+    """Whether the model runs without any of autograd's records."""
+    try:
+        _answers(problem, few, ways)
+    except RuntimeError as failure:
+        if "nference" in str(failure) or "does not require grad" in str(failure):
+            return False
+        raise
+    return True
+
+
+def _microbatch(problem: Problem, few: Any) -> int | None:
+    """The power of two of examples whose largest intermediate result fits; None where batches cannot be cut."""
+    try:
+        if batching.examples(few) < 2:
+            return problem.microbatch
+        sizes = [_sizes(problem, batching.cut(few, 0, count)) for count in (1, 2)]
+    except _NOT_THIS_WAY:  # examples cannot be told apart, or do not run alone
+        return problem.microbatch
+    same = len(sizes[0]) == len(sizes[1])
+    each = max((b - a for a, b in zip(*sizes, strict=True)), default=0) if same else max(sizes[1]) / 2
+    room = _LARGEST if problem.device.type == "cpu" else _LARGEST_ON_GPU
+    count = max(_FEWEST, 1 << int(math.log2(max(1.0, room / max(1.0, each)))))
+    return min(count, problem.microbatch or count)
+
+
+class _Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the bytes of every result."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.found += [_bytes(t) for t in batching.tensors(result)]
+        return result
+
+
+def _sizes(problem: Problem, piece: Any) -> list[int]:
+    seen = _Sizes()
+    with torch.no_grad(), problem.filled(problem.leaves()), seen:
+        problem.evaluator.loss_of(piece)
+    return seen.found
+
+
+def _layers(problem: Problem, ways: Ways) -> list[folding.Layer]:
+    """The layers that these ways give tensors of their own."""
+    if not (ways.folded or ways.channels_last):
+        return []
+    few = _few(problem)
+    with problem.filled(problem.leaves()):
+        found = folding.layers(
+            problem.evaluator.model, lambda: problem.evaluator.loss_of(few), fold=ways.folded
+        )
+    return [layer for layer in found if layer.norm is not None or ways.channels_last]
+
+
+def _answers(problem: Problem, few: Any, ways: Ways) -> Tensor:
+    """The model's outputs on a few examples a little aside of θ, flat; its loss where outputs are not known.
+
+    Aside, because there no scale is one and no shift zero.
+    """
+    leaves = [_aside(leaf.detach(), i) for i, leaf in enumerate(problem.leaves())]
+    evaluator, layers = problem.evaluator, _layers(problem, ways)
+    with ExitStack() as stack:
+        stack.enter_context(problem.filled(leaves))
+        folded = folding.Folded(layers, channels_last=ways.channels_last)
+        stack.enter_context(ways.without_grad())
+        stack.enter_context(folded.active())
+        folded.refresh()
+        stack.enter_context(ways.precision(problem.device))
+        piece = laid_out(few, ways)
+        found = evaluator.outputs(piece) if evaluator.has_outputs else evaluator.loss_of(piece)
+        flat = [t.double().reshape(-1) for t in batching.tensors(found) if t.is_floating_point()]
+        return torch.cat(flat) if flat else evaluator.loss_of(piece).double().reshape(-1)
+
+
+def _aside(t: Tensor, index: int) -> nn.Parameter:
+    draws = torch.randn(t.shape, generator=seeds.generator(0, "ways", index), dtype=torch.float64)
+    size = float(t.double().square().mean().sqrt()) or 1.0
+    return nn.Parameter(t + (_ASIDE * size * draws).to(t), requires_grad=False)
+
+
+def _agree(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    return bool((a - b).norm() <= _EXACT * torch.finfo(dtype).eps * b.norm())
+
+
+# --- micro-batches ----------------------------------------------------------------------------------
+
+
+def laid_out(batch: Any, ways: Ways) -> Any:
+    """Bring images into the memory order of these ways."""
+    if not ways.channels_last:
+        return batch
+    return batching.tree_map(
+        lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t, batch
+    )
+
+
+def _weighed(problem: Problem, ways: Ways, *, merged: bool = True) -> Iterator[Piece]:
+    evaluator, data = problem.evaluator, problem.batches
+    cut = data if ways.microbatch is None else _recut(data, ways.microbatch, merged)
+    for batch, weight in evaluator.pieces(cut):
+        yield Piece(laid_out(batch, ways), evaluator.scale(weight), weight)
+
+
+def _recut(data: Iterable[Any], most: int, merged: bool) -> Iterator[Any]:
+    """Cut neighbouring batches of the same kind together into equal parts of at most so many examples."""
+    groups = _groups(data) if merged else ([batch] for batch in data)
+    for group in groups:
+        try:
+            count = sum(batching.examples(batch) for batch in group)
+        except ValueError:  # examples cannot be told apart
+            yield from group
+            continue
+        whole, parts = _joined(group), max(1, -(-count // most))
+        for i in range(parts):
+            yield batching.cut(whole, i * count // parts, (i + 1) * count // parts)
+
+
+def _groups(data: Iterable[Any]) -> Iterator[list[Any]]:
+    """Neighbouring batches that can be joined."""
+    group: list[Any] = []
+    for batch in data:
+        if group and not _alike(group[-1], batch):
+            yield group
+            group = []
+        group.append(batch)
+    yield group
+
+
+def _alike(a: Any, b: Any) -> bool:
+    try:
+        return bool(_kind(a) == _kind(b))
+    except (ValueError, RuntimeError):  # what is no tensor may not be compared
+        return False
+
+
+def _kind(batch: Any) -> Any:
+    """What batches have in common that can be joined: all but the number of examples."""
+    return batching.tree_map(lambda t: (t.dtype, t.shape[1:]), batch)
+
+
+def _joined(group: list[Any]) -> Any:
+    if len(group) == 1:
+        return group[0]
+    joined = iter([torch.cat(same) for same in zip(*map(batching.tensors, group), strict=True)])
+    return batching.tree_map(lambda t: next(joined), group[0])  # noqa: ARG005
+
+
+def _few(problem: Problem) -> Any:
+    """A few examples of the first micro-batch with weight; all of it where these have none or cannot be cut out."""
+    piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
+    try:
+        few = batching.cut(piece, 0, min(_TRIED, batching.examples(piece)))
+    except ValueError:
+        return piece
+    return few if problem.evaluator.weigh(few) > 0 else piece
+
+
+def _bytes(tree: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in batching.tensors(tree))
