@@ -380,7 +380,7 @@ def test_out_may_name_the_file(here: Path):
 # --- everything a user can get wrong ------------------------------------------------------------------
 
 USAGE = {
-    "no metric": (("measure",), "name what to measure: --metric density or"),
+    "no metric": (("measure",), "name what to measure: --metric adaptive_spectral_norm or"),
     "unknown metric": (("measure", "--metric", "tracce"), "did you mean trace?"),
     "metric file missing": (("measure", "--metric", "./nowhere.py"), "does not exist"),
     "metric twice": (("measure", "--metric", "trace", "--metric", "trace"), "named twice"),

@@ -199,3 +199,19 @@ def test_verdicts(values, errors, verdict, exponent):
     found = judge([1 / 3, 1.0, 3.0], values, np.full(3, errors), 0.02)
     assert found.verdict == verdict
     assert found.exponent == pytest.approx(exponent, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "errors", "verdict", "exponent"),
+    [
+        ([-1000.0, -1000.01, -1000.0], 0.0, "invariant", 0.0),
+        ([-1000.0, -1001.0, -1000.0], 0.0, "broken", np.nan),  # a factor e, however large the logarithm
+        ([-1000.0, -1001.0, -1000.0], 0.3, "invariant", 0.0),
+        ([-1000.0, -1001.0, -1000.0], np.nan, "undefined", np.nan),
+        ([np.log(1 / 3) * 5, 0.0, np.log(3) * 5], 0.0, "covariant", 5.0),
+    ],
+)
+def test_verdicts_of_logarithms(values, errors, verdict, exponent):
+    found = judge([1 / 3, 1.0, 3.0], values, np.full(3, errors), 0.02, logarithmic=True)
+    assert found.verdict == verdict
+    assert found.exponent == pytest.approx(exponent, nan_ok=True)

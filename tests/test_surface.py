@@ -477,7 +477,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "35 losses" in run(*measured, "--dry-run").output
     shown = run("show", "runs/digits_mlp").output
     assert "35 of 35 points, complete" in shown
-    assert "37 losses" in shown  # and twice at the origin
+    assert "37 evaluations of the loss" in shown  # and twice at the origin
     assert run("plot", "runs/digits_mlp/surface.h5", "-o", "s.png", "--linear").exit_code == 0
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
     wrong = run("measure", "--metric", "surface", "--point", "7")

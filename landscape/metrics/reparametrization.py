@@ -39,7 +39,8 @@ class Reparametrization(Metric):
     """Whether measures change under α-scale, which leaves the network's function alone.
 
     A verdict for each measure: "invariant"; "covariant", proportional to α^p; "broken", neither, so that its value
-    alone says nothing about the function; "undefined", not a number.
+    alone says nothing about the function; "undefined", not a number or of unknown error. A headline that is a
+    logarithm (of a volume) is judged by the number that it is the logarithm of.
 
     Source: Dinh et al. 2017 (arXiv 1703.04933), definition 5 and theorem 4.
     """
@@ -91,12 +92,20 @@ class Reparametrization(Metric):
             except Refused as error:
                 notes[i] = " ".join(str(error).split())[:200]
                 continue
-            reference[i], _ = _headline(spec, record)
+            reference[i], stderr = headline(spec, record)
+            if not math.isfinite(stderr):
+                notes[i] = "no standard error can be given"
             if "layer_trace" in record and all(len(p) == 1 for p in powers.values()):
                 blocks[i] = record["layer_trace"]
         variables = {
             "measure": Variable(("measure",), np.array(self.measures), "", "measure"),
             "reference": Variable(("measure",), reference, "1", "value at θ"),
+            "logarithmic": Variable(
+                ("measure",),
+                np.array([is_logarithm(m) for m in self.measures]),
+                "",
+                "whether it is a logarithm",
+            ),
             "note": Variable(("measure",), np.array(notes), "", "why a measure is not defined here"),
             "blocks": Variable(("measure", "tensor"), blocks, "1", "trace of each tensor's block at θ"),
             "block_powers": Variable(
@@ -141,11 +150,11 @@ class Reparametrization(Metric):
             changes[row] = there.function_change
             identity[row] = self._identity_error(problem, shared, self.alpha[unit], seed)
             for column, spec in enumerate(self.measures):
-                if shared["note"][column]:
+                if np.isnan(shared["reference"][column]):
                     continue
                 with contextlib.suppress(Refused):  # defined at θ, not here: it stays nan
                     record = evaluate(measure_of(spec), there.problem, seed)
-                    values[row, column], errors[row, column] = _headline(spec, record)
+                    values[row, column], errors[row, column] = headline(spec, record)
                 predicted[row, column] = self._predicted(column, problem, there, shared, self.alpha[unit])
         pair = ("alpha", "measure")
         return {
@@ -165,7 +174,8 @@ class Reparametrization(Metric):
         values, errors, alpha = record["value_at"].T, record["stderr_at"].T, record["alpha"]
         done = record["done"]
         found = [
-            judge(alpha[done], v[done], e[done], self.tolerance) for v, e in zip(values, errors, strict=True)
+            judge(alpha[done], v[done], e[done], self.tolerance, logarithmic=is_logarithm(spec))
+            for spec, v, e in zip(self.measures, values, errors, strict=True)
         ]
         named, pair = ("measure",), ("measure", "alpha")
         return {
@@ -250,11 +260,16 @@ def _powers(exponents: Tensor) -> list[float]:
     return [float(p) for p in np.unique(exponents.numpy())]
 
 
-def _headline(spec: str, record: Record) -> tuple[float, float]:
+def headline(spec: str, record: Record) -> tuple[float, float]:
     """The first number of a measure's headline, and its standard error, 0 where it has none."""
-    headline = measure_of(spec).headline
-    error = record[f"{headline}_stderr"] if f"{headline}_stderr" in record else np.zeros(1)
-    return float(np.ravel(record[headline])[0]), float(np.ravel(error)[0])
+    name = measure_of(spec).headline
+    error = record[f"{name}_stderr"] if f"{name}_stderr" in record else np.zeros(1)
+    return float(np.ravel(record[name])[0]), float(np.ravel(error)[0])
+
+
+def is_logarithm(spec: str) -> bool:
+    """Whether a measure's headline is a natural logarithm."""
+    return measure_of(spec).headline.startswith("log_")
 
 
 def measure_of(spec: str) -> Metric:

@@ -62,8 +62,8 @@ def prepare(record: Record, name: str = "") -> ReparametrizationPicture:
         raise PlotError("no α is measured yet; run `landscape measure` again to go on")
     done = record["done"]
     order = np.argsort(record["alpha"][done])
-    reference = record["reference"]
-    with np.errstate(divide="ignore", invalid="ignore"):
+    reference, logarithmic = record["reference"], record["logarithmic"]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratios, predicted, errors = (
             (record[key][done][order] / scale).T
             for key, scale in (
@@ -72,6 +72,9 @@ def prepare(record: Record, name: str = "") -> ReparametrizationPicture:
                 ("stderr_at", abs(reference)),
             )
         )
+        grown = np.exp((record["value_at"][done][order] - reference).T)
+    ratios[logarithmic], predicted[logarithmic] = grown[logarithmic], np.nan
+    errors[logarithmic] = (ratios * record["stderr_at"][done][order].T)[logarithmic]
     count = len(reference)
     found = record["verdict"].tolist() if "verdict" in record else ["not finished"] * count
     powers = record["exponent"].tolist() if "exponent" in record else [np.nan] * count

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 Verdict = Literal["invariant", "covariant", "broken", "undefined"]
 VERDICTS: Final[tuple[Verdict, ...]] = ("invariant", "covariant", "broken", "undefined")
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Finding:
 
     Attributes:
         verdict: "invariant": the same at all α. "covariant": proportional to α^p. "broken": neither, so that no
-            statement about the function follows from the value. "undefined": not a number somewhere.
+            statement about the function follows from the value. "undefined": not a number somewhere, or of unknown
+            standard error.
         exponent: p; 0 if invariant, nan if broken or undefined.
         factor: largest over smallest value, in modulus; nan if undefined.
     """
@@ -28,7 +30,9 @@ class Finding:
     factor: float
 
 
-def judge(alpha: ArrayLike, values: ArrayLike, errors: ArrayLike, tolerance: float) -> Finding:
+def judge(
+    alpha: ArrayLike, values: ArrayLike, errors: ArrayLike, tolerance: float, *, logarithmic: bool = False
+) -> Finding:
     """Judge a measure by its values along α.
 
     A value counts as the same as another if it differs by less than `tolerance` of it, or by less than four
@@ -37,8 +41,10 @@ def judge(alpha: ArrayLike, values: ArrayLike, errors: ArrayLike, tolerance: flo
     Args:
         alpha: factors of the transformation, positive, shape (k,).
         values: of the measure, shape (k,).
-        errors: standard errors of the values, shape (k,); 0 where they have none.
+        errors: standard errors of the values, shape (k,); 0 where they have none, nan where it is not known.
         tolerance: relative.
+        logarithmic: whether the values are natural logarithms (of a volume, of an evidence): judged are then the
+            numbers that they are the logarithms of.
 
     >>> judge([0.5, 1, 2], [3, 3, 3], [0, 0, 0], 0.01).verdict
     'invariant'
@@ -46,9 +52,10 @@ def judge(alpha: ArrayLike, values: ArrayLike, errors: ArrayLike, tolerance: flo
     Finding(verdict='covariant', exponent=2.0, factor=16.0)
     """
     a, v, e = (np.asarray(x, dtype=np.float64) for x in (alpha, values, errors))
-    if not np.isfinite(v).all():
+    if not (np.isfinite(v).all() and np.isfinite(e).all()):
         return Finding("undefined", np.nan, np.nan)
-    e = np.where(np.isfinite(e), e, 0.0)
+    if logarithmic:
+        return _judged_logarithms(a, v, e, tolerance)
     least, most = float(np.abs(v).min()), float(np.abs(v).max())
     factor = 1.0 if most == 0 else (most / least if least > 0 else np.inf)
     middle = float(v[np.argmin(np.abs(np.log(a)))])
@@ -64,7 +71,21 @@ def judge(alpha: ArrayLike, values: ArrayLike, errors: ArrayLike, tolerance: flo
     return Finding("broken", np.nan, factor)
 
 
-def _same(values: np.ndarray, expected: np.ndarray | float, errors: np.ndarray, tolerance: float) -> bool:
+def _judged_logarithms(a: Array, v: Array, e: Array, tolerance: float) -> Finding:
+    """The same from logarithms, which may be out of the range of floating-point numbers."""
+    x, spread = np.log(a), float(v.max() - v.min())
+    middle = int(np.argmin(np.abs(x)))
+    noise = np.maximum(np.log1p(tolerance), 4 * np.hypot(e, e[middle]))
+    factor = float(np.exp(spread)) if spread < 700 else np.inf
+    if (np.abs(v - v[middle]) <= noise).all():
+        return Finding("invariant", 0.0, factor)
+    slope = float(np.polyfit(x, v, 1)[0]) if len(np.unique(a)) > 2 else np.nan
+    if (np.abs(v - v[middle] - slope * (x - x[middle])) <= noise).all():
+        return Finding("covariant", slope, factor)
+    return Finding("broken", np.nan, factor)
+
+
+def _same(values: Array, expected: Array | float, errors: Array, tolerance: float) -> bool:
     """Whether all values are what is expected, to the tolerance or to four standard errors of both."""
     expected = np.broadcast_to(expected, values.shape)
     nearest = int(np.argmin(np.abs(values - expected)))
