@@ -26,8 +26,9 @@ FLOORS = [
     {"problem"},
     {"uses"},
     {"capture", "curvature_columns", "example_norms", "output_curvature", "per_example"},
-    {"ggn_passes", "ggn_trace", "structure", "inputs"},
-    {"memory", "operators"},
+    {"ggn_passes", "ggn_trace", "structure", "inputs", "example_outputs"},
+    {"memory", "operators", "example_scalars", "example_hessians"},
+    {"input_checks"},
     {"residual"},
     {"second_differences"},
     {"estimators.calibration", "estimators.probes"},
@@ -37,6 +38,7 @@ FLOORS = [
         "estimators.hutchinson",
         "estimators.hutchpp",
         "estimators.power",
+        "estimators.stacks",
         "estimators.xtrace",
     },
     {"estimators.lanczos", "estimators.quadrature", "estimators.deflation"},
@@ -61,6 +63,7 @@ FLOORS = [
 # Within a floor, from the bottom up.
 ORDER = {
     "products": 0, "evaluator": 0, "averages": 1, "product_checks": 2, "checks": 3, "convolution": 0, "kernels": 1,
+    "example_scalars": 0, "example_hessians": 1,
     "curvature_columns": 0, "output_curvature": 1, "ggn_passes": 0, "ggn_trace": 1,
     "testbeds.nets": 0, "testbeds.digits": 1, "testbeds.train": 1, "testbeds.golden": 2, "testbeds": 3,
 }  # fmt: skip
