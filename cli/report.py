@@ -65,8 +65,15 @@ def summarize(result: Any, path: Path | None = None) -> Summary:
     found = _entries(result, headline)
     for name in result.variables:
         told = any(f"{name}_{error}" in result for error in ("stderr", "residual_norm"))
-        told = told or name in result.attrs.get("told", [])
-        if told and result[name].ndim == 0 and name != headline and math.isfinite(float(result[name])):
+        named = name in result.attrs.get("told", [])
+        if named and result[name].ndim == 1:
+            found += _entries(result, name)
+        elif (
+            (told or named)
+            and result[name].ndim == 0
+            and name != headline
+            and math.isfinite(float(result[name]))
+        ):
             found.append(_scalar(result, name))
     return Summary(metric, found, _converged(result), _whole(lookup(result, "matvecs")),
                    _real(lookup(result, "wall_seconds")), path)  # fmt: skip

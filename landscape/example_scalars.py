@@ -116,11 +116,22 @@ class ExampleScalars:
 
     def gradient(self, displacement: Tensor | None = None) -> Tensor:
         """∇f_i at x_i (+ displacement), (N, d), in the problem's precision."""
+        return self.slopes(displacement)[0]
+
+    def slopes(self, displacement: Tensor | None = None) -> tuple[Tensor, Pass]:
+        """∇f_i at x_i (+ displacement), (N, d), and the run that it is of."""
         with self.running():
             done = self.run(displacement)
-            if not done.total.requires_grad:
-                return self.flat([None] * len(done.leaves), done.leaves)
-            return self.flat(torch.autograd.grad(done.total, done.leaves, allow_unused=True), done.leaves)
+            found: Sequence[Tensor | None] = [None] * len(done.leaves)
+            if done.total.requires_grad:
+                found = torch.autograd.grad(done.total, done.leaves, allow_unused=True)
+            return self.flat(found, done.leaves), done
+
+    def points(self) -> Tensor:
+        """x_i, (N, d)."""
+        with self.running():
+            leaves = self.run().leaves
+        return torch.cat([t.detach().reshape(self.count, -1) for t in leaves], dim=1)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

@@ -70,7 +70,7 @@ def examine(problem: Problem, setup: Setup, *, products: bool = True) -> InputCh
     scalars = ExampleScalars(problem, piece, setup)
     plain = scalars.gradient()
     wide = dataclasses.replace(scalars.in_float64(), setup=dataclasses.replace(setup, products="autodiff"))
-    x = _place(wide)
+    x = wide.points()
     aside, u, v = (_random(plain.shape, i).to(x) for i in range(3))
     aside = aside * (_ASIDE * (1 + x.norm(dim=1, keepdim=True)) / aside.norm(dim=1, keepdim=True))
     try:
@@ -88,6 +88,16 @@ def examine(problem: Problem, setup: Setup, *, products: bool = True) -> InputCh
         reason = f"autograd's second derivative is off by {error:.1%} from gradient differences"
         return _by_differences(problem, setup, wide, reason, aside)
     return InputCheck(setup, plain.shape[1], coupling, error, symmetry, "")
+
+
+def numbers_of_an_example(problem: Problem) -> int:
+    """Numbers of the first example, whichever of them are its input."""
+    batch = next(iter(problem.batches))
+    try:
+        count = batching.examples(batch)
+    except ValueError:
+        count = 1
+    return max(1, sum(t.numel() for t in batching.tensors(batch)) // max(count, 1))
 
 
 def _by_differences(
@@ -119,12 +129,6 @@ def _loss_runs_in_float64(problem: Problem, piece: Any, setup: Setup) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _place(scalars: ExampleScalars) -> Tensor:
-    with scalars.running():
-        leaves = scalars.run().leaves
-    return torch.cat([t.detach().reshape(len(t), -1) for t in leaves], dim=1)
 
 
 def _displaced(

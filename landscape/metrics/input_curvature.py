@@ -8,7 +8,6 @@ Curv = ‖∇f_i(x + h z) - g‖ with z = sign(g) / ‖sign(g)‖.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from landscape import batches as batching
 from landscape import input_checks, seeds
 from landscape.checks import Need
 from landscape.errors import Refused
@@ -28,6 +26,7 @@ from landscape.estimators.stacks import spectral_norms
 from landscape.example_hessians import Hessians
 from landscape.example_outputs import labels_of, predictions_of
 from landscape.example_scalars import INPUT, ExampleScalars, Setup
+from landscape.example_streams import streams
 from landscape.metrics.base import Metric, Round, Values, setting
 from landscape.problem import Problem
 from landscape.results import Record, Variable
@@ -115,7 +114,7 @@ class InputCurvature(Metric):
 
     def unit_bytes(self, problem: Problem) -> int:
         """The bases of the Lanczos chains, and the rows of gradients."""
-        size = max(_size(problem), 1)
+        size = input_checks.numbers_of_an_example(problem)
         return (min(self.max_matvecs, size) + 16) * size * problem.dtype.itemsize
 
     def units(self, record: Record) -> Round | None:
@@ -187,9 +186,7 @@ class InputCurvature(Metric):
     def _picture(self, scalars: ExampleScalars) -> dict[str, np.ndarray]:
         if self.image is None:
             return {}
-        with scalars.running():
-            leaves = scalars.run().leaves
-        flat = torch.cat([t.detach().reshape(len(t), -1) for t in leaves], dim=1)
+        flat = scalars.points()
         return {"image": _numpy(flat.reshape(-1, *self.image)).astype(np.float32)}
 
     def summarize(self, record: Record) -> Values:
@@ -225,16 +222,6 @@ class InputCurvature(Metric):
         return self.probes + 4, self.probes + self.max_matvecs
 
 
-def _size(problem: Problem) -> int:
-    """Numbers of the first example, whichever of them are its input."""
-    batch = next(iter(problem.batches))
-    try:
-        count = batching.examples(batch)
-    except ValueError:
-        count = 1
-    return sum(t.numel() for t in batching.tensors(batch)) // max(count, 1)
-
-
 def _require_image(image: tuple[int, ...], size: int, count: int) -> None:
     if math.prod(image) != size:
         raise Refused(f"image is {image}, {math.prod(image)} numbers, but an input has {size}")
@@ -248,11 +235,9 @@ def _require_image(image: tuple[int, ...], size: int, count: int) -> None:
 def _signs(scalars: ExampleScalars, probes: int, size: int, seed: int) -> Tensor:
     """Random signs (N, d, probes); each example's follow from its content alone, wherever it stands."""
     found = torch.zeros(scalars.count, size, probes, dtype=scalars.problem.dtype)
-    for i in range(scalars.count if probes else 0):
-        digest = hashlib.blake2b(digest_size=8)
-        batching.update(digest, batching.tensors(batching.cut(scalars.piece, i, i + 1)))
-        stream = seeds.generator(seed, f"input_curvature/{digest.hexdigest()}", 0)
-        found[i] = draw(stream, size, probes, dtype=found.dtype)
+    if probes:
+        for i, stream in enumerate(streams(scalars.piece, seed, "input_curvature")):
+            found[i] = draw(stream, size, probes, dtype=found.dtype)
     return found
 
 
