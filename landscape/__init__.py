@@ -40,7 +40,7 @@ _HOME = {
     "measure": "run",
     "open": "results",
 }
-_MODULES = ("estimators", "metrics", "plots", "results", "testbeds")
+_MODULES = ("estimators", "metrics", "plots", "results", "testbeds", "training")
 
 __all__ = [*_HOME, *_MODULES, "__version__"]  # noqa: PLE0604  (names, all strings)
 

@@ -57,7 +57,7 @@ FLOORS = [
     {"metrics.*"},
     {"metrics"},
     {"plots.style", "plots.words"},
-    {"run", "plots", "testbeds.*", "testbeds"},
+    {"run", "plots", "testbeds.*", "testbeds", "training.*", "training"},
     {"plots.*"},
 ]
 # Within a floor, from the bottom up.
@@ -66,8 +66,10 @@ ORDER = {
     "example_scalars": 0, "example_hessians": 1,
     "curvature_columns": 0, "output_curvature": 1, "ggn_passes": 0, "ggn_trace": 1,
     "testbeds.nets": 0, "testbeds.digits": 1, "testbeds.train": 1, "testbeds.golden": 2, "testbeds": 3,
+    "training.layers": 0, "training.spectral": 0, "training.low_curvature": 1, "training": 2,
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}
+TORCH_FREE |= {"training.coreset"}
 
 
 def modules() -> list[tuple[str, Path]]:
