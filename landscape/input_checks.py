@@ -16,7 +16,7 @@ from landscape import batches as batching
 from landscape import seeds, vectors
 from landscape.errors import Refused
 from landscape.example_hessians import Hessians, differences
-from landscape.example_scalars import ExampleScalars, Setup
+from landscape.example_scalars import INPUT, ExampleScalars, Setup
 from landscape.problem import Problem
 
 _EXAMPLES = 4
@@ -90,14 +90,16 @@ def examine(problem: Problem, setup: Setup, *, products: bool = True) -> InputCh
     return InputCheck(setup, plain.shape[1], coupling, error, symmetry, "")
 
 
-def numbers_of_an_example(problem: Problem) -> int:
-    """Numbers of the first example, whichever of them are its input."""
+def numbers_of_an_example(problem: Problem, place: str = INPUT) -> int:
+    """Numbers of the first example, whichever of them are its input; or of a module's output for it."""
     batch = next(iter(problem.batches))
     try:
-        count = batching.examples(batch)
+        count = max(1, batching.examples(batch))
     except ValueError:
         count = 1
-    return max(1, sum(t.numel() for t in batching.tensors(batch)) // max(count, 1))
+    if place != INPUT:
+        return ExampleScalars(problem, batching.cut(batch, 0, 1), Setup(place=place)).size
+    return max(1, sum(t.numel() for t in batching.tensors(batch)) // count)
 
 
 def _by_differences(

@@ -139,7 +139,7 @@ def memory_plan(metric: Metric, problem: Problem, memory: int | None = None, *, 
     memory = MEMORY if memory is None else memory
     return footprint.plan(
         problem, memory, vector=metric.unit_bytes(problem), block=metric.block_size(problem, memory),
-        products=bool(metric.needs() & {Need.HESSIAN, Need.GGN}), check=check,
+        products=bool(metric.needs() & {Need.HESSIAN, Need.GGN, Need.INPUTS}), check=check,
     )  # fmt: skip
 
 

@@ -114,7 +114,7 @@ class InputCurvature(Metric):
 
     def unit_bytes(self, problem: Problem) -> int:
         """The bases of the Lanczos chains, and the rows of gradients."""
-        size = input_checks.numbers_of_an_example(problem)
+        size = input_checks.numbers_of_an_example(problem, self.with_respect_to)
         return (min(self.max_matvecs, size) + 16) * size * problem.dtype.itemsize
 
     def units(self, record: Record) -> Round | None:
