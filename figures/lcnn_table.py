@@ -31,7 +31,7 @@ from landscape.testbeds import split
 from landscape.testbeds.digits import digits
 from landscape.testbeds.nets import own_stream
 
-EPOCHS, BATCH, LEARNING_RATE, DECAY = 60, 64, 0.05, 5e-4
+EPOCHS, BATCH, LEARNING_RATE, DECAY = 30, 64, 0.05, 5e-4
 BETA, STEP, CURE = 10.0, 0.5, 1.0  # β of fixed softplus; h of CURE, in grey levels of [0, 1], and its weight
 GRADIENT, ATTACK = 0.05, 0.5  # weight of the penalty on gradients; radius of training on adversarial examples
 EPSILON = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -215,11 +215,11 @@ def main() -> None:
     parser.add_argument("--way", choices=WAYS, action="append", help="only these; nothing is drawn then")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = {
-        name: [outcome(train(WAYS[name], seed)) for seed in range(arguments.seeds)]
-        for name in arguments.way or WAYS
-    }
-    print(table(found))
+    found: dict[str, list[Outcome]] = {}
+    for name in arguments.way or WAYS:
+        found[name] = [outcome(train(WAYS[name], seed)) for seed in range(arguments.seeds)]
+        print(table({name: found[name]}).splitlines()[1], flush=True)
+    print(f"\n{table(found)}")
     if arguments.way:
         return
     figure = Figure(figsize=(7.0, 3.0), layout="constrained")
