@@ -272,6 +272,26 @@ def test_single_precision_keeps_the_digits_of_examples_that_the_model_is_sure_of
     assert bool(single["converged"])
 
 
+def test_the_default_tolerance_gives_six_digits_where_20_power_iterations_miss_per_cents() -> None:
+    model, loss, batches, _ = landscape.testbeds.load_default()
+    x, y = batches[0][0][:256].double(), batches[0][1][:256]
+    ds = landscape.measure(InputCurvature(probes=0), Problem(model.double(), loss, [(x, y)]))
+    leaf = x.clone().requires_grad_()
+    logits = model(leaf)  # piecewise linear in x
+    J = torch.stack(
+        [torch.autograd.grad(logits[:, k].sum(), leaf, retain_graph=True)[0] for k in range(10)], dim=1
+    )
+    p = torch.softmax(logits.detach(), dim=1)
+    H = J.transpose(1, 2) @ (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]) @ J
+    top = torch.linalg.eigvalsh(H).abs().max(dim=1).values.numpy()
+    assert np.abs(ds["hessian_norm"].values / top - 1).max() < 1e-6
+    v = randn(256, 64, 1)
+    for _ in range(20):
+        v = H @ (v / v.norm(dim=1, keepdim=True))
+    assert np.abs(v.norm(dim=1)[:, 0].numpy() / top - 1).max() > 0.01
+    assert float(ds["products"].max()) < 12
+
+
 # --- independence of the batch ----------------------------------------------------------------------------
 
 

@@ -215,7 +215,7 @@ def test_command_line(metric: str, tmp_path: Path) -> None:
         return CliRunner().invoke(app.app, list(words))
 
     own = (
-        ["--epsilon", "0.1,0.5", "--steps", "2"]
+        ["--epsilon", "0.1,0.5", "--steps", "2", "--clamp", "0,1", "--norm", "inf"]
         if metric == "robustness"
         else ["--probes", "2", "--image", "8,8"]
     )

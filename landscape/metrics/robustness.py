@@ -50,7 +50,7 @@ class Robustness(Metric):
     steps: int = setting(10, "of an attack; 0 leaves attacks out")
     step_size: float = setting(2.5, "length of a step, in ε / steps")
     restarts: int = setting(1, "attacks from random places, beside one from the example itself", grows=True)
-    clamp: tuple[float, float] | None = setting(None, "range of the data, low:high, that attacks stay in")
+    clamp: tuple[float, float] | None = setting(None, "range of the data, low,high, that attacks stay in")
     directions: int = setting(4, "random directions for the change of gradients", grows=True)
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class Robustness(Metric):
         if not self.step_size > 0:
             raise ValueError(f"step_size is {self.step_size}; allowed is a number > 0")
         if self.clamp is not None and not self.clamp[0] < self.clamp[1]:
-            raise ValueError(f"clamp is {self.clamp}; allowed is low:high with low < high")
+            raise ValueError(f"clamp is {self.clamp}; allowed is low,high with low < high")
 
     def needs(self) -> frozenset[Need]:
         """Gradients in the inputs; outputs and labels for attacks."""
