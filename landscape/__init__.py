@@ -13,6 +13,7 @@ from landscape._version import __version__ as __version__
 if TYPE_CHECKING:
     from landscape import estimators as estimators
     from landscape import metrics as metrics
+    from landscape import training as training
     from landscape.errors import Refused as Refused
     from landscape.errors import UnknownMetric as UnknownMetric
     from landscape.metrics.base import evaluate as evaluate

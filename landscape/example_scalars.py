@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -94,7 +95,8 @@ class ExampleScalars:
     def size(self) -> int:
         """The number d of inputs of an example."""
         if self.setup.place == INPUT:
-            tensors = inputs.input_part(self.problem, batching.cut(self.piece, 0, self.count))
+            every = batching.tensors(self.piece)
+            tensors = [every[i] for i in self._places]
         else:
             with self.running():
                 tensors = self.run().leaves
@@ -104,6 +106,8 @@ class ExampleScalars:
         """Those of some examples."""
         taken = dataclasses.replace(self, piece=batching.tree_map(lambda t: t[index], self.piece))
         vars(taken)["scales"] = self.scales[index]  # which one by one take longer than a small model
+        if self.setup.place == INPUT:
+            vars(taken)["_places"] = self._places
         return taken
 
     def in_float64(self) -> ExampleScalars:
@@ -125,7 +129,7 @@ class ExampleScalars:
             found: Sequence[Tensor | None] = [None] * len(done.leaves)
             if done.total.requires_grad:
                 found = torch.autograd.grad(done.total, done.leaves, allow_unused=True)
-            return self.flat(found, done.leaves), done
+        return self.flat(found, done.leaves), done
 
     def points(self) -> Tensor:
         """x_i, (N, d)."""
@@ -139,13 +143,15 @@ class ExampleScalars:
         from landscape.kernels import active
 
         leaves = [leaf.requires_grad_(False) for leaf in self.problem.leaves()]
-        _ = self.scales  # made out here, where nothing stands between
+        _ = self.scales, self._whole  # made out here, where nothing stands between
+        if self.setup.place == INPUT:
+            _ = self._places
         with (
             self.problem.session(),
+            self.problem.filled(leaves),
             self.problem.evaluator.twice_differentiable(),
             # Not channels_last, which some models cannot run with.
             active(dataclasses.replace(self.problem.kernels, channels_last=False)),
-            self.problem.filled(leaves),
         ):
             yield
 
@@ -190,18 +196,31 @@ class ExampleScalars:
             return found
         return one_by_one(self.problem.evaluator.loss_from, outputs, target, self.count)
 
-    def _from_inputs(self, displacement: Tensor | None) -> Pass:
+    @functools.cached_property
+    def _whole(self) -> float:
+        """The factor that makes the loss of the micro-batch the sum of its terms."""
+        return self.problem.evaluator.scale(self.problem.evaluator.weigh(self.piece))
+
+    @functools.cached_property
+    def _places(self) -> list[int]:
+        """Which of the micro-batch's tensors are the input."""
         # Copies, so that each tensor of the batch is an object of its own.
         piece = batching.cut(self.piece, 0, self.count)
-        given = inputs.input_part(self.problem, piece)
+        given = {id(t) for t in inputs.input_part(self.problem, piece)}
         if not given:
             raise Refused(_no_numbers(self.problem))
-        places = [t.detach() for t in given]
+        return [i for i, t in enumerate(batching.tensors(piece)) if id(t) in given]
+
+    def _from_inputs(self, displacement: Tensor | None) -> Pass:
+        tensors = batching.tensors(self.piece)
+        places = [tensors[i].detach() for i in self._places]
         if displacement is not None:
-            places = [t + move for t, move in zip(places, split_rows(displacement, given), strict=True)]
-        leaves = {id(t): place.detach().requires_grad_() for t, place in zip(given, places, strict=True)}
-        moved = batching.tree_map(lambda t: leaves.get(id(t), t), piece)
-        return self._summed(moved, list(leaves.values()))
+            places = [t + move for t, move in zip(places, split_rows(displacement, places), strict=True)]
+        leaves = [t.detach().requires_grad_() for t in places]
+        moved = dict(zip(self._places, leaves, strict=True))
+        number = itertools.count()
+        piece = batching.tree_map(lambda t: moved.get(next(number), t), self.piece)
+        return self._summed(piece, leaves)
 
     def _from_module(self, displacement: Tensor | None) -> Pass:
         leaves: list[Tensor] = []
@@ -247,16 +266,15 @@ class ExampleScalars:
     def _summed(self, piece: Any, leaves: list[Tensor]) -> Pass:
         evaluator = self.problem.evaluator
         if not evaluator.has_outputs:
-            total = evaluator.loss_of(piece) * evaluator.scale(evaluator.weigh(self.piece))
+            total = evaluator.loss_of(piece) * self._whole
             return Pass(total, leaves, None, None)
         outputs, target = evaluator.outputs(piece), evaluator.target_of(piece)
         if self.setup.scalar == "loss":
             loss = evaluator.loss_from(self._widened(outputs), self._widened(target))
-            total = loss * evaluator.scale(evaluator.weigh(self.piece))
+            total = loss * self._whole
         else:
             total = logits(outputs, target, self.setup.scalar, self.count).sum()
-        detached = batching.tree_map(torch.detach, outputs), batching.tree_map(torch.detach, target)
-        return Pass(total, leaves, *detached)
+        return Pass(total, leaves, batching.tree_map(torch.detach, outputs), target)
 
     def _widened(self, tree: Any) -> Any:
         if not self.setup.wide:
