@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from landscape import directions as directions
     from landscape import estimators as estimators
     from landscape import metrics as metrics
+    from landscape import training as training
     from landscape import transforms as transforms
     from landscape.errors import Refused as Refused
     from landscape.errors import UnknownMetric as UnknownMetric
@@ -42,7 +43,7 @@ _HOME = {
     "measure": "run",
     "open": "results",
 }
-_MODULES = ("directions", "estimators", "metrics", "plots", "results", "testbeds", "transforms")
+_MODULES = ("directions", "estimators", "metrics", "plots", "results", "testbeds", "training", "transforms")
 
 __all__ = [*_HOME, *_MODULES, "__version__"]  # noqa: PLE0604  (names, all strings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -47,6 +48,7 @@ class Batches:
             )
         self.data, self.device, self.dtype = data, device, dtype
         self._kept: list[Any] | None = None
+        self._reading: tuple[int, Iterator[Any]] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches; the first complete pass keeps them if they fit."""
@@ -76,6 +78,33 @@ class Batches:
             yield tree_map(self._move, batch)
         if empty:
             raise ValueError("data yields no batch; give at least one")
+
+    def rows(self, start: int, stop: int) -> Iterator[Any]:
+        """Yield examples start to stop, cut as the batches are.
+
+        Reading goes on where it last stopped, so that blocks in order take one pass.
+
+        Raises:
+            ValueError: if examples cannot be told apart.
+        """
+        seen, source = self._reading or (0, iter(self))
+        if seen > start or self._kept is not None:
+            seen, source = 0, iter(self)
+        self._reading = None
+        for batch in source:
+            count = examples(batch)
+            first, last = max(start - seen, 0), min(stop - seen, count)
+            if first < last:
+                yield cut(batch, first, last)
+            if seen + count >= stop:
+                if self._kept is None:  # the rest of this batch is still to be read
+                    rest = [batch] if seen + count > stop else []
+                    self._reading = (
+                        seen if rest else seen + count,
+                        itertools.chain(rest, source),
+                    )
+                return
+            seen += count
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batches:
         """Return the same data on another device or in another dtype."""

@@ -32,7 +32,7 @@ class ExampleLoss:
     @property
     def inputs(self) -> list[Tensor]:
         """The floating-point tensors of the input."""
-        return _input_part(self.problem, self.piece)
+        return input_part(self.problem, self.piece)
 
     @property
     def size(self) -> int:
@@ -90,8 +90,16 @@ def example_loss(problem: Problem, index: int) -> ExampleLoss:
     raise IndexError(f"example {index} was asked for; allowed is 0 to {seen - 1}")
 
 
-def _input_part(problem: Problem, piece: Any) -> list[Tensor]:
-    """The floating-point tensors of a batch from which the target is not made."""
+def input_part(problem: Problem, piece: Any) -> list[Tensor]:
+    """The floating-point tensors of a batch from which the target is not made.
+
+    Args:
+        problem: the problem.
+        piece: a batch in which each tensor is an object of its own.
+
+    Raises:
+        Refused: if nobody says which part of a batch is the input.
+    """
     if not problem.evaluator.has_outputs:
         if isinstance(piece, tuple | list) and len(piece) == 2:
             return [t for t in batching.tensors(piece[0]) if t.is_floating_point()]

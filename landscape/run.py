@@ -18,7 +18,7 @@ from landscape import product_checks, provenance, results
 from landscape.checks import Need, Report
 from landscape.errors import Refused
 from landscape.memory import Plan
-from landscape.metrics.base import MEMORY, Journal, Metric, State, evaluate, vector_bytes
+from landscape.metrics.base import MEMORY, Journal, Metric, State, evaluate
 from landscape.problem import Problem
 from landscape.results import Record
 
@@ -138,15 +138,15 @@ def memory_plan(metric: Metric, problem: Problem, memory: int | None = None, *, 
     """
     memory = MEMORY if memory is None else memory
     return footprint.plan(
-        problem, memory, vector=vector_bytes(problem), block=metric.block_size(problem, memory),
-        products=bool(metric.needs() & {Need.HESSIAN, Need.GGN}), check=check,
+        problem, memory, vector=metric.unit_bytes(problem), block=metric.block_size(problem, memory),
+        products=bool(metric.needs() & {Need.HESSIAN, Need.GGN, Need.INPUTS}), check=check,
     )  # fmt: skip
 
 
 def _memory_for_block(metric: Metric, problem: Problem, memory: int, plan: Plan) -> int:
     """The memory with which the metric chooses the plan's block."""
     whole = plan.block == metric.block_size(problem, memory)
-    return memory if whole else 2 * plan.block * vector_bytes(problem)
+    return memory if whole else 2 * plan.block * metric.unit_bytes(problem)
 
 
 def _checked(metric: Metric, problem: Problem, record: Record | None) -> tuple[Problem, Report]:

@@ -56,8 +56,19 @@ FLOORS = [
         "paths",
         "per_example",
     },
-    {"ggn_passes", "ggn_trace", "ggn_diagonal", "structure", "inputs", "divergence", "layer_rows"},
-    {"memory", "operators"},
+    {
+        "ggn_passes",
+        "ggn_trace",
+        "ggn_diagonal",
+        "structure",
+        "inputs",
+        "divergence",
+        "layer_rows",
+        "example_outputs",
+        "example_streams",
+    },
+    {"memory", "operators", "example_scalars", "example_hessians"},
+    {"input_checks", "attacks"},
     {"residual"},
     {
         "transforms.system",
@@ -98,6 +109,7 @@ FLOORS = [
         "estimators.hutchpp",
         "estimators.lbfgsb",
         "estimators.power",
+        "estimators.stacks",
         "estimators.xtrace",
     },
     {"estimators.lanczos", "estimators.planes", "estimators.quadrature", "estimators.deflation"},
@@ -125,7 +137,7 @@ FLOORS = [
     {"metrics.*"},
     {"metrics"},
     {"plots.style", "plots.words"},
-    {"run", "plots", "testbeds.*", "testbeds"},
+    {"run", "plots", "testbeds.*", "testbeds", "training.*", "training"},
     {"plots.*"},
     {"plots.surface"},
 ]
@@ -135,9 +147,12 @@ ORDER = {
     "directions.paths": 1, "accuracy": 0, "folding": 0, "passes": 1, "displaced": 2,
     "transforms.fields": 0, "transforms.layout": 1, "curvature_columns": 0, "output_curvature": 1,
     "ggn_passes": 0, "ggn_trace": 1, "ggn_diagonal": 1, "layer_rows": 1,
+    "example_scalars": 0, "example_hessians": 1,
     "testbeds.nets": 0, "testbeds.digits": 1, "testbeds.train": 1, "testbeds.golden": 2, "testbeds": 3,
+    "training.layers": 0, "training.spectral": 0, "training.low_curvature": 1, "training": 2,
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}
+TORCH_FREE |= {"training.coreset"}
 
 
 def modules() -> list[tuple[str, Path]]:

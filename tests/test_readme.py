@@ -58,7 +58,7 @@ def test_every_command_runs_in_order(tmp_path: Path) -> None:
     main = re.search(r"\.venv/bin/(landscape measure .*)$", commands()[0])
     assert main
     ran = [main[1], *(line for line in commands() if line.startswith("landscape "))]
-    assert len(ran) == 7
+    assert len(ran) == 8
     for line in ran:
         done = landscape(line, tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
@@ -101,7 +101,7 @@ def test_ci_runs_exactly_the_test_line() -> None:
     assert script in (ROOT / ".ci/run").read_text()
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == commands()[-1]
-    assert done.stdout.strip().endswith("&& .venv/bin/pytest")
+    assert done.stdout.strip().endswith("&& .venv/bin/pytest -n 2")
 
 
 @pytest.mark.slow

@@ -148,7 +148,11 @@ class Metric(abc.ABC):
 
     def block_size(self, problem: Problem, memory: int) -> int:
         """Choose how many units are measured at once, from shapes and the stated memory alone."""
-        return max(1, min(self.block, memory // (2 * vector_bytes(problem))))
+        return max(1, min(self.block, memory // (2 * self.unit_bytes(problem))))
+
+    def unit_bytes(self, problem: Problem) -> int:
+        """Bytes that a unit of a block holds, beside the graph of its derivatives."""
+        return vector_bytes(problem)
 
     def run_block(
         self,
