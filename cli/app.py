@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from . import causes, coreset, listing, measure, plot, show
+from . import causes, compare, coreset, listing, measure, plot, show
 from .progress import say
 
 USAGE, REFUSED, TOLERANCE, INTERRUPTED = 2, 3, 4, 130
@@ -144,7 +144,9 @@ def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 
 app = App(
     "landscape",
-    commands={c.name or "": c for c in (measure.command, show.command, plot.command, coreset.command, listing.command)},
+    commands={c.name or "": c for c in (
+        measure.command, show.command, compare.command, plot.command, coreset.command, listing.command
+    )},
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     params=[
