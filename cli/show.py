@@ -123,7 +123,8 @@ def completeness(record: Record) -> tuple[str, bool | None]:
     complete = record.attrs.get("complete")
     if "done" in record:
         done = record["done"]
-        counted = record.attrs.get("counted") or f"{record.variables['done'].dims[0]}s"
+        unit = record.variables["done"].dims[0]
+        counted = record.attrs.get("counted") or unit + ("es" if unit.endswith("s") else "s")
         words = f"{int(done.sum())} of {done.size} {counted}"
         if complete is None:
             complete = bool(done.all())
