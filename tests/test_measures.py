@@ -172,3 +172,14 @@ def test_the_model_is_bit_identical_afterwards(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_a_dry_run_counts_what_a_metric_makes():
+    from landscape.metrics import registry
+
+    counted = {name: metric().outlook_in[0] for name, metric in registry.registered().items()}
+    assert counted["trace"] == counted["spectral_norm"] == counted["reparametrization"] == "products"
+    assert counted["surface"] == counted["volume"] == counted["projected_curvature"] == "losses"
+    assert counted["sharpness"] == counted["robustness"] == "gradients"
+    assert registry.load("projected_curvature")(method="products").outlook_in[0] == "products"
+    assert registry.load("sharpness")(definition="average").outlook_in[0] == "losses"

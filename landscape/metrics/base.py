@@ -94,7 +94,6 @@ class Metric(abc.ABC):
         citation: the source of the definition.
         told: further variables, numbers without an error, that are told with the headline.
         listed: variables along the headline's axis that are told as a table in its place.
-        outlook_in: what `outlook` counts, and what one of them costs in gradients, about.
     """
 
     name: ClassVar[str]
@@ -104,7 +103,6 @@ class Metric(abc.ABC):
     citation: ClassVar[str] = ""
     told: ClassVar[tuple[str, ...]] = ()
     listed: ClassVar[tuple[str, ...]] = ()
-    outlook_in: ClassVar[tuple[str, float]] = ("products", 2.5)  # between 2.2 and 2.9 by network
 
     def __post_init__(self) -> None:
         """Refuse a choice that is none of a field's.
@@ -145,6 +143,11 @@ class Metric(abc.ABC):
     @abc.abstractmethod
     def outlook(self, problem: Problem) -> tuple[int, int]:
         """Predict the fewest and the most curvature products (or other passes) that will be needed."""
+
+    @property
+    def outlook_in(self) -> tuple[str, float]:
+        """What `outlook` counts, and what one of them costs in gradients, about."""
+        return "products", 2.5  # between 2.2 and 2.9 by network
 
     def block_size(self, problem: Problem, memory: int) -> int:
         """Choose how many units are measured at once, from shapes and the stated memory alone."""

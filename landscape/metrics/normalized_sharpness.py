@@ -109,6 +109,11 @@ class NormalizedSharpness(SequentialMetric):
             "converged": Variable((), np.asarray(bool(record["done"].all())), "1", "whether it is measured"),
         }
 
+    @property
+    def outlook_in(self) -> tuple[str, float]:
+        """What `outlook` counts."""
+        return "backward passes", 1.0
+
     def outlook(self, problem: Problem) -> tuple[int, int]:
         """As many passes as the loss's curvature has columns."""
         count = ggn_trace.columns(problem)

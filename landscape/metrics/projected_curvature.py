@@ -147,6 +147,11 @@ class ProjectedCurvature(Metric):
             "converged": Variable((), np.asarray(fine), "1", words),
         }
 
+    @property
+    def outlook_in(self) -> tuple[str, float]:
+        """What `outlook` counts."""
+        return super().outlook_in if self.method == "products" else ("losses", 0.7)  # in float64
+
     def outlook(self, problem: Problem) -> tuple[int, int]:  # noqa: ARG002
         """Predict the evaluations of the loss, or the products."""
         if self.method == "products":

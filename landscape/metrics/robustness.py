@@ -200,6 +200,11 @@ class Robustness(Metric):
         found["converged"] = Variable((), np.asarray(bool(done.all())), "1", "whether every example is done")
         return found
 
+    @property
+    def outlook_in(self) -> tuple[str, float]:
+        """What `outlook` counts."""
+        return "gradients", 1.0
+
     def outlook(self, problem: Problem) -> tuple[int, int]:  # noqa: ARG002
         """Predict the fewest and the most gradients: an attack ends where it succeeds."""
         plain = 1 + self.directions * len(self.epsilon)

@@ -271,6 +271,11 @@ class Sharpness(SequentialMetric):
             return estimate.average(record, self._precise(record))
         return estimate.searched(record)
 
+    @property
+    def outlook_in(self) -> tuple[str, float]:
+        """What `outlook` counts."""
+        return ("losses", 0.35) if self.definition == "average" else ("gradients", 1.0)
+
     def outlook(self, problem: Problem) -> tuple[int, int]:  # noqa: ARG002
         """Predict the passes over the data."""
         sizes = len(self.ladder)

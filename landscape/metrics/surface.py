@@ -46,7 +46,6 @@ class Surface(Metric):
     block: ClassVar[int] = 256
     citation: ClassVar[str] = "Li et al. 2018, arXiv:1712.09913"
     told: ClassVar[tuple[str, ...]] = ("loss_origin", "loss_lowest")
-    outlook_in: ClassVar[tuple[str, float]] = ("losses", 0.35)
 
     directions: Literal["filter", "random", "layer", "hessian", "gradient", "difference", "pca", "file"] = (
         setting("filter", "which line or plane")
@@ -314,6 +313,11 @@ class Surface(Metric):
             worst = known.max() if len(known) else np.nan
             values["precision_error"] = Variable((), np.asarray(worst), "1", words)
         return values
+
+    @property
+    def outlook_in(self) -> tuple[str, float]:
+        """What `outlook` counts."""
+        return "losses", 0.35
 
     def outlook(self, problem: Problem) -> tuple[int, int]:  # noqa: ARG002
         """Predict the losses: those of the grid, and with those that refinement may add."""

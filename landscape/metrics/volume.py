@@ -203,6 +203,11 @@ class Volume(Metric):
             values.update(self._estimates("mass", cones, record["rounding"], "mass_"))
         return values
 
+    @property
+    def outlook_in(self) -> tuple[str, float]:
+        """What `outlook` counts."""
+        return "losses", 0.35
+
     def outlook(self, problem: Problem) -> tuple[int, int]:  # noqa: ARG002
         """Predict the evaluations of the cost, in place of products."""
         each = 4 + 2 * len(self.epsilon)
