@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import math
 import sys
@@ -15,6 +16,7 @@ from torch import nn
 
 import landscape
 from landscape import testbeds
+from landscape.metrics import registry
 
 FIGURES = Path(__file__).parent.parent / "figures"
 
@@ -121,3 +123,67 @@ def test_both_ways_between_two_minima_begin_and_end_at_them(monkeypatch: pytest.
         torch.nn.utils.vector_to_parameters(share * (ends[0] + ends[1]), models[0].parameters())
         half = nn.functional.cross_entropy(models[0](parts["train"][0]), parts["train"][1])
         assert way.loss["train"][middle] == pytest.approx(half.item(), rel=1e-5)
+
+
+def test_the_invariance_table_moves_between_equal_functions(monkeypatch: pytest.MonkeyPatch):
+    table = recipe("invariance_table", monkeypatch)
+    for name, made in table.columns().items():
+        first, *others = made()
+        assert len(others) == 2, name
+        assert max(landscape.transforms.function_change(first, other) for other in others) <= 1e-11, name
+        # something has moved: the weights, or the coordinates that they are measured in
+        vectors = [p.parameters_vector() for p in (first, *others)]
+        assert all(v.shape != vectors[0].shape or not torch.equal(v, vectors[0]) for v in vectors[1:])
+
+
+@pytest.mark.parametrize(
+    ("measure", "column", "mark"),
+    [
+        ("trace", "layer scale", "✗"),
+        ("trace", "permutation", "✓"),
+        ("adaptive_trace", "element scale", "✓"),
+        ("adaptive_trace", "smooth map", "✗"),
+        ("relative_flatness", "node scale", "✗"),
+        ("relative_flatness", "element scale", "–"),
+    ],
+)
+def test_cells_of_the_invariance_table(measure: str, column: str, mark: str, monkeypatch: pytest.MonkeyPatch):
+    table = recipe("invariance_table", monkeypatch)
+    assert table.cell(measure, list(table.columns()[column]()))[0] == mark
+
+
+def test_the_invariance_table_that_is_shown_has_every_measure(monkeypatch: pytest.MonkeyPatch):
+    table = recipe("invariance_table", monkeypatch)
+    with (FIGURES / "invariance_table.csv").open(newline="") as file:
+        shown = [row[0] for row in csv.reader(file)][1:]
+    assert shown == sorted(set(registry.registered()) - table.NOT_MEASURES)
+
+
+def test_eigenvalues_grow_up_to_the_bound_of_interlacing(monkeypatch: pytest.MonkeyPatch):
+    eigenvalues = recipe("dinh_eigenvalues", monkeypatch)
+    monkeypatch.setattr(eigenvalues, "BETAS", (1.0, 10.0))
+    monkeypatch.setattr(eigenvalues, "SIZES", (3, 4, 2, 3))
+    layers = [nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(2, 3, bias=False)).double()
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=draws, dtype=torch.float64))
+    x = torch.randn(40, 3, generator=draws, dtype=torch.float64)
+    problem = landscape.Problem(model, nn.CrossEntropyLoss(), [(x, torch.arange(40) % 3)])
+    before, after = eigenvalues.points(problem)
+    H = problem.hvp(torch.eye(problem.size, dtype=torch.float64))
+    inner = torch.linalg.eigvalsh(H[:-6, :-6]).flip(0)  # all but the last layer, of 6 weights
+    count = int((inner > 1e-9).sum())
+    assert count >= int((torch.from_numpy(before.eigenvalues.copy()) > 1e-9).sum()) - 6
+    assert (after.eigenvalues[:count] >= 100 * inner[:count].numpy() * (1 - 1e-9)).all()
+    assert after.change <= 1e-13
+
+
+def test_other_coordinates_bend_the_minimum_by_the_formula(monkeypatch: pytest.MonkeyPatch):
+    maps = recipe("dinh_reparametrization", monkeypatch)
+    for a in (0.0, 0.6, -0.4):
+        found = maps.curve(a)
+        assert found.curvature[0] == pytest.approx(2.0 * 0.1 ** (-2 * a), rel=1e-9)
+        assert found.expected == pytest.approx(found.curvature[0], rel=1e-9)
+        assert found.minima[0] == 0.0
