@@ -93,19 +93,26 @@ def test_one_layers_block_is_covariant_with_exponent_minus_two():
     assert record["factor"][0] == pytest.approx((3.0 / 0.2) ** 2, rel=1e-3)
 
 
-def test_buffers_of_a_batch_norm_move_with_the_parameters():
+def test_buffers_of_a_batch_norm_move_with_the_parameters(tmp_path: Path):
     model = net(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3))
     draws = torch.Generator().manual_seed(3)
     model[1].running_mean.copy_(torch.randn(4, generator=draws))
     model[1].running_var.copy_(torch.rand(4, generator=draws) + 0.5)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     problem = classified(model, (2, 6, 6), 3)
-    record = landscape.evaluate(
-        Reparametrization(measures=("trace",), alpha=(0.1, 10.0), layers="all"), problem
-    )
+    metric = Reparametrization(measures=("trace",), alpha=(0.1, 10.0), layers="all")
+    record = landscape.evaluate(metric, problem)
     assert record["function_change"].max() <= 1e-12
     assert record["hessian_identity_error"].max() <= 1e-12
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # the second α is moved with the exponents that the file holds
+        landscape.measure(metric, problem, out=tmp_path, progress=stop)
+    stored = landscape.measure(metric, problem, out=tmp_path)
+    np.testing.assert_array_equal(stored["value"], record["value"])
 
 
 def test_a_measure_without_a_value_is_undefined_and_says_why():

@@ -31,7 +31,7 @@ from landscape.results import Record, Variable
 from landscape.transforms.transformed import Transformed, moved
 from landscape.transforms.verdicts import judge
 
-_BUFFER = "buffer_exponents/"
+_BUFFER = "buffer_exponents_"
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,14 @@ class Reparametrization(Metric):
                 ("parameter",), exponents.numpy(), "1", "p in D = diag(α^p)", sidecar=True
             ),
         }
-        for name, power in buffers.items():
-            variables[_BUFFER + name] = Variable(
-                (f"{name}_entry",), power.reshape(-1).numpy(), "1", "p of a buffer"
+        for i, power in enumerate(buffers.values()):
+            variables[f"{_BUFFER}{i}"] = Variable(
+                (f"buffer_{i}_entry",), power.reshape(-1).numpy(), "1", "p of a buffer that moves"
             )
         return Record(variables, {
             "layers_moved": ", ".join(group.name for group in chosen),
             "moved": json.dumps({name: p for name, p in powers.items() if p != [0.0]}),
+            "moved_buffers": json.dumps(list(buffers)),
             "moved_exactly": all(group.exact for group in chosen),
             "excluded": json.dumps(dict(found.excluded)),
             "measured_seed": seed,
@@ -153,7 +154,7 @@ class Reparametrization(Metric):
                 if np.isnan(shared["reference"][column]):
                     continue
                 with contextlib.suppress(Refused):  # defined at θ, not here: it stays nan
-                    record = evaluate(measure_of(spec), there.problem, seed)
+                    record = evaluate(measure_of(spec), there.problem, seed, memory=shared.attrs["memory"])
                     values[row, column], errors[row, column] = headline(spec, record)
                 predicted[row, column] = self._predicted(column, problem, there, shared, self.alpha[unit])
         pair = ("alpha", "measure")
@@ -206,8 +207,8 @@ class Reparametrization(Metric):
     def _moved(self, problem: Problem, shared: Record, alpha: float) -> Transformed:
         held = problem.buffers()
         buffers = {}
-        for name in (key.removeprefix(_BUFFER) for key in shared.variables if key.startswith(_BUFFER)):
-            power = torch.from_numpy(np.array(shared[_BUFFER + name])).reshape(held[name].shape)
+        for i, name in enumerate(json.loads(shared.attrs["moved_buffers"])):
+            power = torch.from_numpy(np.array(shared[f"{_BUFFER}{i}"])).reshape(held[name].shape)
             buffers[name] = (held[name].double() * (alpha**power).to(held[name].device)).to(held[name].dtype)
         diagonal = alpha ** torch.from_numpy(np.array(shared["parameter_exponents"]))
         exact = bool(shared.attrs["moved_exactly"])
