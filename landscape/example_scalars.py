@@ -10,10 +10,11 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -300,3 +301,22 @@ def _no_numbers(problem: Problem) -> str:
         "the input has no floating-point tensor (token ids?), so nothing can be differentiated with respect to it; "
         f"take the output of an embedding in its place: {named}"
     )
+
+
+def by_example(
+    problem: Problem,
+    block: range,
+    setup: Setup,
+    measured: Callable[[ExampleScalars], dict[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """Measure a block of examples, micro-batch by micro-batch.
+
+    Args:
+        problem: model, loss and data.
+        block: of the examples, as they come.
+        setup: what is differentiated.
+        measured: arrays of a micro-batch by name, examples first.
+    """
+    rows = problem.batches.rows(block.start, block.stop)
+    parts = [measured(ExampleScalars(problem, piece, setup)) for piece in problem.evaluator.cut(rows)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

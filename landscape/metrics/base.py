@@ -66,6 +66,22 @@ class Round:
     again: bool = False
 
 
+def doubling(done: int, first: int, most: int, fine: Callable[[], bool]) -> Round | None:
+    """The next round of units that double from `first` until they are fine, or `most` are made.
+
+    Args:
+        done: units that are done.
+        first: units of the first round.
+        most: at the end.
+        fine: whether the tolerance is reached; asked at first, 2 first, 4 first, ... only, so that the answer does
+            not depend on where an earlier, smaller `most` ended.
+    """
+    fixed = [first << i for i in range(most.bit_length())]
+    if done >= most or (done in fixed and fine()):
+        return None
+    return Round(min(next(count for count in fixed if count > done), most))
+
+
 class Journal:
     """Where an evaluation tells what it did; this one forgets. `landscape.run` writes files."""
 
@@ -188,7 +204,12 @@ class SequentialMetric(Metric):
 
     A state is a dict of arrays, or an object that `stored` turns into one and `restored` brings back, bit
     for bit; what a step needs to know, random state included, is in it.
+
+    Attributes:
+        keeps_graphs: whether graphs of products are kept from step to step, where they fit into the memory.
     """
+
+    keeps_graphs: ClassVar[bool] = True
 
     @abc.abstractmethod
     def start(
@@ -228,7 +249,7 @@ class SequentialMetric(Metric):
     ) -> Values:
         """Run a block from its saved state, or from its start, to its end."""
         with contextlib.ExitStack() as stack:
-            if graphs_fit(problem, shared.attrs.get("memory", MEMORY)):
+            if self.keeps_graphs and graphs_fit(problem, shared.attrs.get("memory", MEMORY)):
                 stack.enter_context(problem.keeping_graphs())
             return self._run(problem, shared, block, generators, journal)
 

@@ -21,7 +21,7 @@ from landscape import ggn_trace
 from landscape.checks import Need
 from landscape.errors import Refused
 from landscape.linear_maps import Maps
-from landscape.metrics.base import Metric, Round, Values, setting
+from landscape.metrics.base import Metric, Round, Values, doubling, setting
 from landscape.problem import Problem
 from landscape.results import Record, Variable
 from landscape.traces import choice, estimate, mapped, values
@@ -108,11 +108,9 @@ class MappedTrace(Metric):
         if record.attrs["method"] == "exact":
             count = record.attrs["batches" if record.attrs["way"] == "layers" else "order"]
             return Round(count) if done == 0 else None
-        fixed = [_FIRST_ROUND << i for i in range(self.max_probes.bit_length())]
-        # Only here is the tolerance tested; a smaller max_probes may have ended between two of them.
-        if done >= self.max_probes or (done in fixed and self._converged(*estimate.total(record, done))):
-            return None
-        return Round(min(next(count for count in fixed if count > done), self.max_probes))
+        return doubling(
+            done, _FIRST_ROUND, self.max_probes, lambda: self._converged(*estimate.total(record, done))
+        )
 
     def measure(
         self, problem: Problem, shared: Record, block: range, generators: Sequence[torch.Generator]

@@ -25,7 +25,7 @@ from landscape.estimators.probes import draw
 from landscape.estimators.stacks import spectral_norms
 from landscape.example_hessians import Hessians
 from landscape.example_outputs import labels_of, predictions_of
-from landscape.example_scalars import INPUT, ExampleScalars, Setup
+from landscape.example_scalars import INPUT, ExampleScalars, Setup, by_example
 from landscape.example_streams import streams
 from landscape.metrics.base import Metric, Round, Values, setting
 from landscape.problem import Problem
@@ -135,14 +135,10 @@ class InputCurvature(Metric):
     ) -> Values:
         """Measure a block of examples, batch by batch."""
         setup = Setup(**shared.attrs["input_check"]["setup"])
-        rows = problem.batches.rows(block.start, block.stop)
-        parts = [
-            self._of(ExampleScalars(problem, piece, setup), shared.attrs["probe_seed"])
-            for piece in problem.evaluator.cut(rows)
-        ]
+        seed = shared.attrs["probe_seed"]
+        found = by_example(problem, block, setup, lambda scalars: self._of(scalars, seed))
         if block.start == 0:  # the cost is counted in passes over all data
             problem.cost.gradients += 2
-        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         problem.cost.matvecs += int(found["products"].sum())
         return {name: _variable(name, data) for name, data in found.items()}
 

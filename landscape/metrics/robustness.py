@@ -16,7 +16,7 @@ from landscape.attacks import Attack, require_inside, succeeded
 from landscape.checks import Need
 from landscape.errors import Refused
 from landscape.estimators.calibration import calibrated_stderr
-from landscape.example_scalars import ExampleScalars, Setup
+from landscape.example_scalars import ExampleScalars, Setup, by_example
 from landscape.example_streams import streams
 from landscape.metrics.base import Metric, Round, Values, setting
 from landscape.problem import Problem
@@ -112,14 +112,14 @@ class Robustness(Metric):
     ) -> Values:
         """Measure a block of examples, batch by batch."""
         setup, seed = Setup(**shared.attrs["input_check"]["setup"]), shared.attrs["probe_seed"]
-        rows = problem.batches.rows(block.start, block.stop)
-        parts = [
-            {**self._gradients(scalars, seed), **self._attacks(scalars, seed)}
-            for scalars in (ExampleScalars(problem, piece, setup) for piece in problem.evaluator.cut(rows))
-        ]
+        found = by_example(
+            problem,
+            block,
+            setup,
+            lambda scalars: {**self._gradients(scalars, seed), **self._attacks(scalars, seed)},
+        )
         if block.start == 0:  # the cost is counted in passes over all data
             problem.cost.gradients += self.outlook(problem)[1]
-        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         every = np.ones(len(block))
         found |= {"restarts_used": every * self.restarts, "directions_used": every * self.directions}
         return {

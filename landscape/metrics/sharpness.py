@@ -19,7 +19,7 @@ from landscape import memory as footprint
 from landscape.checks import Need
 from landscape.errors import Refused
 from landscape.estimators.regions import Norm, Region
-from landscape.metrics.base import Journal, Round, SequentialMetric, State, Values, setting
+from landscape.metrics.base import Round, SequentialMetric, State, Values, doubling, setting
 from landscape.problem import Problem
 from landscape.results import Record, Variable
 from landscape.sharpness import curvature, estimate, function, noise, settings, trial
@@ -55,6 +55,7 @@ class Sharpness(SequentialMetric):
     unit: ClassVar[str] = "trial"
     citation: ClassVar[str] = "Keskar et al. 2017, arXiv:1609.04836"
     told: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "slope_share")
+    keeps_graphs: ClassVar[bool] = False  # no product is made
 
     definition: Literal["keskar", "ball", "adaptive", "average"] = setting("keskar", "of what")
     epsilon: tuple[float, ...] = setting((5e-4, 1e-3), "sizes of the neighbourhood")
@@ -190,10 +191,7 @@ class Sharpness(SequentialMetric):
         if self.definition != "average":
             wanted = self.chosen["restarts"] * record.attrs["batches"]
             return Round(wanted) if wanted > done else None
-        fixed = [_FIRST_ROUND << i for i in range(self.samples.bit_length())]
-        if done >= self.samples or (done in fixed and self._precise(record)):
-            return None
-        return Round(min(self.samples, next(count for count in fixed if count > done)))
+        return doubling(done, _FIRST_ROUND, self.samples, lambda: self._precise(record))
 
     def start(
         self,
@@ -253,17 +251,6 @@ class Sharpness(SequentialMetric):
     def restored(self, problem: Problem, arrays: State) -> Trial:
         """Bring a trial back; what it works with is made anew at the next step."""
         return Trial(Climb.from_arrays(arrays, problem.device), arrays.get("base"))
-
-    def run_block(
-        self,
-        problem: Problem,
-        shared: Record,
-        block: range,
-        generators: Sequence[torch.Generator],
-        journal: Journal,
-    ) -> Values:
-        """Measure a block from wherever it stands; no graphs of products are kept, for none are made."""
-        return self._run(problem, shared, block, generators, journal)
 
     def summarize(self, record: Record) -> Values:
         """Take the largest rise of all searches, or the mean of all draws."""

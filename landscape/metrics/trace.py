@@ -19,7 +19,7 @@ import torch
 
 from landscape import ggn_trace, operators
 from landscape.checks import Need
-from landscape.metrics.base import Metric, Round, Values, setting
+from landscape.metrics.base import Metric, Round, Values, doubling, setting
 from landscape.problem import Problem
 from landscape.results import Record, Variable
 from landscape.traces import choice, deflation, estimate, probing, values
@@ -134,11 +134,8 @@ class Trace(Metric):
             return Round(count) if done == 0 else None
         each = _products_per_unit(way, record.attrs["parameters"])
         most = max(1, self.max_probes // each)
-        fixed = [(_FIRST_ROUND if each == 1 else 1) << i for i in range(most.bit_length())]
-        # Only here is the tolerance tested; a smaller max_probes may have ended between two of them.
-        if done >= most or (done in fixed and self._converged(*estimate.total(record, done))):
-            return None
-        return Round(min(next(count for count in fixed if count > done), most))
+        first = _FIRST_ROUND if each == 1 else 1
+        return doubling(done, first, most, lambda: self._converged(*estimate.total(record, done)))
 
     def measure(
         self, problem: Problem, shared: Record, block: range, generators: Sequence[torch.Generator]

@@ -77,10 +77,6 @@ class Layout:
             total = total + values[ids]
         return total
 
-    def factors(self, name: str, values: Tensor) -> Tensor:
-        """The exponential of a tensor's log-scale, of its full shape."""
-        return self.log_scale(name, values).exp().expand(self.shapes[name])
-
     def unknowns(self, names: Iterable[str]) -> Mapping[str, list[int]]:
         """The unknowns of each tensor."""
         return {

@@ -16,7 +16,7 @@ from landscape.transforms import nullspace
 from landscape.transforms.balance import balanced
 from landscape.transforms.exponents import Exponents
 from landscape.transforms.transformed import Transformed, moved, widest
-from landscape.transforms.verification import Verifier, moves
+from landscape.transforms.verification import Verifier, log_moves, moves
 
 if TYPE_CHECKING:
     from landscape.problem import Problem
@@ -153,14 +153,7 @@ class Symmetries:
         z = torch.zeros(len(self.nodes), dtype=torch.float64)
         for index in groups:
             z[list(self.groups[index].nodes)] = 1.0
-        s, layout = self.exponents.times(z), self._found.layout
-        of = {name: layout.log_scale(name, s).expand(layout.shapes[name]) for name in layout.terms}
-        powers = torch.zeros(self.problem.size, dtype=torch.float64)
-        for name, (start, stop) in self.problem.space.ranges.items():
-            if name in of:
-                powers[start:stop] = of[name].reshape(-1)
-        held = self.problem.buffers()
-        return powers, {name: p.clone() for name, p in of.items() if name in held and bool(p.any())}
+        return log_moves(self._found.layout, self.exponents, self.problem, z)
 
     def scale_node(self, alpha: float, node: int) -> Transformed:
         """Scale one channel or unit: what comes in by α, what goes out by 1/α.

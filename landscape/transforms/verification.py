@@ -83,20 +83,27 @@ def moves(
     Returns:
         D (n,), float64, and the new values of the buffers that move.
     """
-    s = exponents.times(z)
-    touched = [name for name, terms in layout.terms.items() if any(bool(s[ids].any()) for ids in terms)]
-    factors = {name: layout.factors(name, s) for name in touched}
-    diagonal = torch.ones(problem.size, dtype=torch.float64)
-    for name, (start, stop) in problem.space.ranges.items():
-        if name in factors:
-            diagonal[start:stop].view(layout.shapes[name]).copy_(factors[name])
+    logs, of_buffers = log_moves(layout, exponents, problem, z)
     held = problem.buffers()
     buffers = {
-        name: (held[name].double() * factors[name].to(held[name].device)).to(problem.dtype)
-        for name in touched
-        if name in held
+        name: (held[name].double() * log.exp().to(held[name].device)).to(problem.dtype)
+        for name, log in of_buffers.items()
     }
-    return diagonal, buffers
+    return logs.exp_(), buffers
+
+
+def log_moves(
+    layout: Layout, exponents: Exponents, problem: Problem, z: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same as logarithms of factors: of the parameters, (n,), and of the buffers that move."""
+    s = exponents.times(z)
+    touched = {name for name, terms in layout.terms.items() if any(bool(s[ids].any()) for ids in terms)}
+    logs = torch.zeros(problem.size, dtype=torch.float64)
+    for name, (start, stop) in problem.space.ranges.items():
+        if name in touched:
+            logs[start:stop].view(layout.shapes[name]).copy_(layout.log_scale(name, s))
+    held = [name for name in layout.terms if name in touched and name in problem.buffers()]
+    return logs, {name: layout.log_scale(name, s).expand(layout.shapes[name]) for name in held}
 
 
 def _beside(t: Tensor, seed: int, index: int) -> Tensor:
