@@ -80,7 +80,7 @@ def active(kernels: Kernels) -> Iterator[None]:
     with ExitStack() as stack:
         if kernels.matmul != "default":
             stack.enter_context(_matmul_precision(kernels.matmul))
-        if kernels.convolution or kernels.norm:
+        if kernels != NONE:
             stack.enter_context(_Routing(kernels))
         yield
 
@@ -165,7 +165,7 @@ def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
 
 
 class _Routing(TorchFunctionMode):
-    """Answers convolutions and BatchNorms of the model; everything else takes its usual way."""
+    """Answers convolutions, BatchNorms and attention of the model; everything else takes its usual way."""
 
     def __init__(self, kernels: Kernels):
         super().__init__()
@@ -177,6 +177,8 @@ class _Routing(TorchFunctionMode):
                 self._handlers[function] = functools.partial(self._convolution, function, dimensions)
         if kernels.norm:
             self._handlers[functional.batch_norm] = self._norm
+        if kernels.matmul != "default":
+            self._handlers[functional.scaled_dot_product_attention] = _attention
 
     def __exit__(self, *exception: Any) -> None:
         self._last = None
@@ -234,6 +236,14 @@ class _Routing(TorchFunctionMode):
         if made is not None and made.is_still(input) and _centred(running_mean, inverse, made.parts[2]):
             return _folded(made, running_mean, scale, bias)
         return _affine(input, running_mean, scale, bias)
+
+
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """Attention; the fused kernel, which is for passes without gradients, gets five times slower by the switch."""
+    if torch.is_grad_enabled():
+        return functional.scaled_dot_product_attention(*args, **kwargs)
+    with _matmul_precision("none"):
+        return functional.scaled_dot_product_attention(*args, **kwargs)
 
 
 def _folded(made: _Made, mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

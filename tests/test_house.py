@@ -97,6 +97,7 @@ FLOORS = [
         "estimators.radius",
         "estimators.radial",
         "estimators.regions",
+        "estimators.rounds",
         "estimators.log_mean",
     },
     {"estimators.search"},

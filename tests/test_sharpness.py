@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import landscape
 from landscape.errors import Refused
+from landscape.estimators.rounds import stopping_counts
 from landscape.metrics import Sharpness
 from landscape.metrics.base import Journal
 from landscape.results import Record
@@ -163,7 +164,7 @@ def test_average_draws_until_it_is_sure():
     found = evaluated(on, definition="average", epsilon=(0.1, 0.2), samples=4096, rtol=0.03)
     assert bool(found["converged"])
     assert (found["sharpness_stderr"] <= 0.03 * found["sharpness"]).all()
-    assert len(found["done"]) in {16 << i for i in range(9)}
+    assert len(found["done"]) in stopping_counts(16, 4096)
     assert not bool(evaluated(on, definition="average", samples=16, rtol=1e-6)["converged"])
 
 

@@ -17,8 +17,9 @@ from landscape.errors import Refused
 from landscape.metrics import Trace
 from landscape.metrics.base import Journal
 from landscape.record import Record
+from landscape.second_differences import Centre
 from landscape.testbeds import nets
-from landscape.traces import deflation, pilot, probing
+from landscape.traces import deflation, pilot
 from landscape.traces.plan import PAIRS, Plan
 
 WAYS: dict[str, dict[str, object]] = {
@@ -289,8 +290,8 @@ def test_what_bf16_misses_is_measured_and_corrected(method: str) -> None:
 def test_the_correction_is_the_mean_of_what_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cheap probe that is off by a tenth of v·Hv: the correction brings it back."""
     small = smooth("gelu")
-    honest = probing.quadratics
-    monkeypatch.setattr(probing, "quadratics", lambda *a, **k: 0.9 * honest(*a, **k))
+    honest = Centre.along
+    monkeypatch.setattr(Centre, "along", lambda *a: tuple(0.9 * part for part in honest(*a)))
     record = landscape.evaluate(metric("differences", max_probes=256), small.problem)
     truth = float(small.H.trace())
     share = float(record["corrections"][:PAIRS].mean()) / truth

@@ -9,6 +9,7 @@ import torch
 
 from landscape.estimators.calibration import BLOCK, block_moments, calibrated_stderr
 from landscape.estimators.probes import DISTRIBUTIONS, Operator, draw, order, probe_gram, rounding
+from landscape.estimators.rounds import stopping_counts
 from landscape.seeds import generator
 
 _MAX_PROBES = 1024
@@ -50,7 +51,7 @@ def hutchinson(
         probes: number of probes k >= 2; not used with rtol.
         distribution: "rademacher" or "gaussian".
         seed: any integer.
-        rtol: grow to 16, 32, 64, ... probes until stderr <= rtol · |value|. It is tested at these
+        rtol: grow to 16, 32, 48, 64, 96, ... probes until stderr <= rtol · |value|. It is tested at these
             counts only, and on the standard error: two running means that agree are no error bound.
         max_probes: where growth ends, by default 1024; only with rtol.
         block: probes per product and per Gram matrix of `calibration`.
@@ -108,5 +109,4 @@ def _counts(probes: int, rtol: float | None, max_probes: int | None) -> list[int
         raise ValueError(f"rtol = {rtol}; allowed is a number above 0, for example 0.02 for 2 %")
     if limit < 2:
         raise ValueError(f"max_probes = {limit}; at least 2 are needed for a standard error")
-    doubled = [16 << i for i in range(limit.bit_length()) if 16 << i < limit]
-    return [*doubled, limit]
+    return stopping_counts(16, limit)

@@ -27,6 +27,7 @@ import torch
 from landscape import memory as footprint
 from landscape import product_checks, seeds
 from landscape.checks import Need
+from landscape.estimators.rounds import stopping_counts
 from landscape.problem import Problem
 from landscape.results import Record, Variable
 
@@ -66,17 +67,17 @@ class Round:
     again: bool = False
 
 
-def doubling(done: int, first: int, most: int, fine: Callable[[], bool]) -> Round | None:
-    """The next round of units that double from `first` until they are fine, or `most` are made.
+def growing(done: int, first: int, most: int, fine: Callable[[], bool]) -> Round | None:
+    """The next round of units that grow from `first` until they are fine, or `most` are made.
 
     Args:
         done: units that are done.
         first: units of the first round.
         most: at the end.
-        fine: whether the tolerance is reached; asked at first, 2 first, 4 first, ... only, so that the answer does
-            not depend on where an earlier, smaller `most` ended.
+        fine: whether the tolerance is reached; asked at the fixed counts of `stopping_counts` only, so that the
+            answer does not depend on where an earlier, smaller `most` ended.
     """
-    fixed = [first << i for i in range(most.bit_length())]
+    fixed = stopping_counts(first, max(done + 1, 2 * most))
     if done >= most or (done in fixed and fine()):
         return None
     return Round(min(next(count for count in fixed if count > done), most))

@@ -21,7 +21,7 @@ from landscape import ggn_trace
 from landscape.checks import Need
 from landscape.errors import Refused
 from landscape.linear_maps import Maps
-from landscape.metrics.base import Metric, Round, Values, doubling, setting
+from landscape.metrics.base import Metric, Round, Values, growing, setting
 from landscape.problem import Problem
 from landscape.results import Record, Variable
 from landscape.traces import choice, estimate, mapped, values
@@ -103,12 +103,12 @@ class MappedTrace(Metric):
         )
 
     def units(self, record: Record) -> Round | None:
-        """Double the probes until the standard error is small enough or max_probes are made."""
+        """Add probes until the standard error is small enough or max_probes are made."""
         done = record.attrs["stop"]
         if record.attrs["method"] == "exact":
             count = record.attrs["batches" if record.attrs["way"] == "layers" else "order"]
             return Round(count) if done == 0 else None
-        return doubling(
+        return growing(
             done, _FIRST_ROUND, self.max_probes, lambda: self._converged(*estimate.total(record, done))
         )
 

@@ -19,7 +19,7 @@ from landscape import memory as footprint
 from landscape.checks import Need
 from landscape.errors import Refused
 from landscape.estimators.regions import Norm, Region
-from landscape.metrics.base import Round, SequentialMetric, State, Values, doubling, setting
+from landscape.metrics.base import Round, SequentialMetric, State, Values, growing, setting
 from landscape.problem import Problem
 from landscape.results import Record, Variable
 from landscape.sharpness import curvature, estimate, function, noise, settings, trial
@@ -186,12 +186,12 @@ class Sharpness(SequentialMetric):
         return self.block if self.definition == "average" else 1
 
     def units(self, record: Record) -> Round | None:
-        """All restarts at once; draws in doubling rounds until the standard error is small enough."""
+        """All restarts at once; draws in growing rounds until the standard error is small enough."""
         done = record.attrs["stop"]
         if self.definition != "average":
             wanted = self.chosen["restarts"] * record.attrs["batches"]
             return Round(wanted) if wanted > done else None
-        return doubling(done, _FIRST_ROUND, self.samples, lambda: self._precise(record))
+        return growing(done, _FIRST_ROUND, self.samples, lambda: self._precise(record))
 
     def start(
         self,

@@ -19,7 +19,7 @@ import torch
 
 from landscape import ggn_trace, operators
 from landscape.checks import Need
-from landscape.metrics.base import Metric, Round, Values, doubling, setting
+from landscape.metrics.base import Metric, Round, Values, growing, setting
 from landscape.problem import Problem
 from landscape.results import Record, Variable
 from landscape.traces import choice, deflation, estimate, probing, values
@@ -127,7 +127,7 @@ class Trace(Metric):
         )
 
     def units(self, record: Record) -> Round | None:
-        """Double the probes until the standard error is small enough or max_probes are made."""
+        """Add probes until the standard error is small enough or max_probes are made."""
         done, way = record.attrs["stop"], record.attrs["way"]
         if record.attrs["method"] == "exact":
             count = record.attrs["batches"] if way == "layers" else record.attrs["parameters"]
@@ -135,7 +135,7 @@ class Trace(Metric):
         each = _products_per_unit(way, record.attrs["parameters"])
         most = max(1, self.max_probes // each)
         first = _FIRST_ROUND if each == 1 else 1
-        return doubling(done, first, most, lambda: self._converged(*estimate.total(record, done)))
+        return growing(done, first, most, lambda: self._converged(*estimate.total(record, done)))
 
     def measure(
         self, problem: Problem, shared: Record, block: range, generators: Sequence[torch.Generator]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from landscape.estimators.calibration import calibrated_stderr
+from landscape.estimators.rounds import stopping_counts
 from landscape.record import Record, Variable
 from landscape.traces.plan import PAIRS
 
@@ -79,12 +80,8 @@ def frobenius(squares: Array, exact: bool) -> Values:
 
 def running(record: Record, first: int) -> Values:
     """The estimate as it stood after each round, the first one after `first` units."""
-    counts, done = [], record["done"]
-    count = min(first, len(done))
-    while count < len(done):
-        counts.append(count)
-        count *= 2
-    counts = [c for c in [*counts, len(done)] if done[:c].all()]
+    done = record["done"]
+    counts = [c for c in stopping_counts(first, len(done)) if done[:c].all()]
     found = np.array([total(record, c) for c in counts]).reshape(-1, 2)
     return {
         "round": Variable(("round",), np.array(counts, dtype=np.int64), "1", "number of units"),

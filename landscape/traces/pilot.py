@@ -22,10 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from landscape import batches as batching
 from landscape import ggn_trace, seeds
 from landscape.errors import Refused
+from landscape.estimators.rounds import stopping_counts
 from landscape.problem import Problem
-from landscape.second_differences import Centre, quadratics
+from landscape.second_differences import quadratics
 from landscape.traces.plan import EXAMPLES_PER_PROBE, PAIRS, Plan
-from landscape.traces.probing import drawn
+from landscape.traces.probing import drawn, drawn_quadratics
 
 Array = np.ndarray
 
@@ -111,9 +112,10 @@ class Candidate:
     missed: float = 0.0
 
     @property
-    def units(self) -> float:
-        """Units for the nominal tolerance."""
-        return max(_FEWEST, self.variance / _NOMINAL**2)
+    def units(self) -> int:
+        """Units for the nominal tolerance, which is tested at some counts only."""
+        wanted = max(_FEWEST, math.ceil(self.variance / _NOMINAL**2))
+        return next(count for count in stopping_counts(_FEWEST, 2 * wanted) if count >= wanted)
 
     @property
     def total(self) -> float:
@@ -135,7 +137,7 @@ def run(problem: Problem, seed: int) -> Pilot:
     with problem.session():
         operations = _operations(first) / measured
         group = _group(_PRODUCT, _DRAWN["products"], problem.size / operations, largest)
-        residual, ggn = _quadratics(first, group, streams[:_PROBES])
+        residual, ggn = drawn_quadratics(first, group, streams[:_PROBES]).T
         products, differences = _compared(first, group, seed)
         group = _group(_REVERSE, _READ, problem.size / operations, largest)
         output, columns = _outputs(first, group, streams[_PROBES:])
@@ -264,17 +266,6 @@ def _groups(pilot: Pilot, g: int) -> float:
 def _over_all(pilot: Pilot, values: Array, g: int) -> float:
     """The variance over all data from that on a few: groups are independent; within one, examples agree."""
     return float(values.var(ddof=1)) * min(1.0, max(g, pilot.measured) / pilot.examples)
-
-
-def _quadratics(first: Problem, group: int, streams: Sequence[torch.Generator]) -> tuple[Array, Array]:
-    """Both parts of v·Hv by second differences, probes drawn anew for each group."""
-    found, weights = np.zeros((len(streams), 2)), 0.0
-    for part, weight in first.split(group):
-        centre, scale = Centre(part, next(iter(part.batches))), part.evaluator.scale(weight)
-        for k, stream in enumerate(streams):
-            found[k] += np.multiply(scale, centre.along(drawn(part, [stream])[:, 0]))
-        weights += weight
-    return found[:, 0] / weights, found[:, 1] / weights
 
 
 def _compared(first: Problem, group: int, seed: int) -> tuple[Array, Array]:

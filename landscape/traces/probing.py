@@ -17,16 +17,16 @@ from torch import Tensor
 from landscape import ggn_trace, residual
 from landscape.estimators.probes import draw, probe_gram
 from landscape.problem import Problem
-from landscape.second_differences import quadratics
+from landscape.second_differences import Centre, quadratics
 from landscape.traces.plan import Plan
 
 Product = Callable[[Problem, Tensor], Tensor]
 
 
 def drawn(problem: Problem, generators: Sequence[torch.Generator]) -> Tensor:
-    """Signs, one column per generator, (n, k)."""
-    columns = [draw(g, problem.size, 1, dtype=problem.dtype, device=problem.device) for g in generators]
-    return torch.cat(columns, dim=1)
+    """Signs, one column per generator, (n, k); each lies in one piece of memory."""
+    rows = [draw(g, problem.size, 1, dtype=problem.dtype, device=problem.device)[:, 0] for g in generators]
+    return torch.stack(rows).T
 
 
 def grams(problem: Problem, V: Tensor, AV: Tensor) -> Tensor:
@@ -65,12 +65,23 @@ def independent(problem: Problem, plan: Plan, generators: Sequence[torch.Generat
 
 def differences(problem: Problem, plan: Plan, generators: Sequence[torch.Generator]) -> np.ndarray:
     """v·Av by second differences, one probe per generator and group, (k,)."""
-    found, weights = np.zeros(len(generators)), 0.0
-    for part, weight in problem.split(plan.examples):
-        V = drawn(part, generators)
-        found += weight * quadratics(part, V, residual=plan.matrix == "residual").numpy()
-        weights += weight
+    both = drawn_quadratics(problem, plan.examples, generators)
     problem.cost.values += 2 * len(generators)
+    return both[:, 0] if plan.matrix == "residual" else both.sum(axis=1)
+
+
+def drawn_quadratics(problem: Problem, examples: int, generators: Sequence[torch.Generator]) -> np.ndarray:
+    """v·Rv and v·Gv by second differences, one probe per generator and group of examples, (k, 2).
+
+    Drawn one after the other: a block of them would be copied more than it is used.
+    """
+    found, weights = np.zeros((len(generators), 2)), 0.0
+    with problem.session(), torch.no_grad():
+        for part, weight in problem.split(examples):
+            centre, scale = Centre(part, next(iter(part.batches))), part.evaluator.scale(weight)
+            for k, generator in enumerate(generators):
+                found[k] += np.multiply(scale, centre.along(drawn(part, [generator])[:, 0]))
+            weights += weight
     return found / weights
 
 
