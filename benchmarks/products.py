@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import landscape
-from landscape import kernels, testbeds
+from landscape import kernels, matmul, testbeds
 from landscape.seeds import generator
 
 BLOCK = 16
@@ -101,11 +101,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     clock = time.perf_counter if arguments.clock == "wall" else time.process_time
-    errors = {p: kernels.matmul_error(p) for p in ("none", "bf16")}
+    errors = {p: matmul.error(p) for p in ("none", "bf16")}
     print(
         f"torch {torch.__version__}, {arguments.threads} thread(s), {arguments.rounds} alternating rounds, "
         f"{arguments.clock} clock\nerror of matrix products: {errors['none']:.1e}, of the faster ones "
-        f"{errors['bf16']:.1e} ({'exact' if kernels.faster_matmul_is_exact() else 'refused'})\n"
+        f"{errors['bf16']:.1e} ({'exact' if matmul.faster_is_exact() else 'refused'})\n"
     )
     for name in arguments.model or MODELS:
         problem = MODELS[name]()

@@ -20,14 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from landscape import seeds
+from landscape import matmul
 from landscape.convolution import Settings, convolve
 
-# A sound product has errors of about √K eps, and kernels differ by a factor of two or so; products in bf16
-# err ten thousand times more.
-_ALLOWED_ERROR = 4.0
-# Shapes (M, K, N) of the probe: small, large, and thin along each side.
-_PROBED = ((16, 16, 16), (256, 1024, 256), (4, 2048, 64), (512, 8, 512))
 # |running mean − bias| in standard deviations up to which a BatchNorm is folded. The slope of its weight is
 # then a difference of two numbers that many times larger, and loses as many units in the last place.
 _FOLDED_UP_TO = 16.0
@@ -65,7 +60,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
     """
     if device.type != "cpu":
         return NONE
-    faster = dtype == torch.float32 and _undecided() and faster_matmul_is_exact()
+    faster = dtype == torch.float32 and matmul.undecided() and matmul.faster_is_exact()
     return Kernels(
         convolution=True,
         norm=True,
@@ -79,7 +74,7 @@ def active(kernels: Kernels) -> Iterator[None]:
     """Make products with these switches; afterwards, also after an exception, all is as before."""
     with ExitStack() as stack:
         if kernels.matmul != "default":
-            stack.enter_context(_matmul_precision(kernels.matmul))
+            stack.enter_context(matmul.precision_set(kernels.matmul))
         if kernels != NONE:
             stack.enter_context(_Routing(kernels))
         yield
@@ -88,55 +83,6 @@ def active(kernels: Kernels) -> Iterator[None]:
 def layout_failed(failure: RuntimeError) -> bool:
     """Whether a model failed for a view that images have only in the ordinary memory order."""
     return "view size is not compatible" in str(failure)
-
-
-# --- the faster matrix product ---------------------------------------------------------------------
-
-
-@functools.cache
-def faster_matmul_is_exact() -> bool:
-    """Whether oneDNN's matrix product under the name "bf16" rounds like float32 on this processor.
-
-    The name allows oneDNN to compute in bf16; only processors with matrix units for it (AMX) do. The
-    others get oneDNN's float32 kernel, which is faster than MKL's on AMD.
-    """
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    return matmul_error("bf16") <= _ALLOWED_ERROR * matmul_error("none")
-
-
-def matmul_error(precision: str) -> float:
-    """The largest relative error ‖C − AB‖ / ‖AB‖ in float32 over fixed matrices, against float64."""
-    worst = 0.0
-    with _matmul_precision(precision):
-        for i, (m, k, n) in enumerate(_PROBED):
-            draws = seeds.generator(0, "kernels", i)
-            a, b = torch.randn(m, k, generator=draws), torch.randn(k, n, generator=draws)
-            exact = a.double() @ b.double()
-            bias = torch.zeros(n)
-            made = [
-                a @ b,
-                a.T.contiguous().T @ b,
-                functional.linear(a, b.T.contiguous(), bias),
-                torch.bmm(a.expand(2, m, k), b.expand(2, k, n))[1],
-            ]
-            worst = max(worst, *(float((c - exact).norm() / exact.norm()) for c in made))
-    return worst
-
-
-def _undecided() -> bool:
-    return str(torch.backends.mkldnn.matmul.fp32_precision) == "none"  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = setting.fp32_precision
-    try:
-        setting.fp32_precision = precision
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 # --- calls of the model that are answered otherwise ------------------------------------------------
@@ -242,7 +188,7 @@ def _attention(*args: Any, **kwargs: Any) -> Tensor:
     """Attention; the fused kernel, which is for passes without gradients, gets five times slower by the switch."""
     if torch.is_grad_enabled():
         return functional.scaled_dot_product_attention(*args, **kwargs)
-    with _matmul_precision("none"):
+    with matmul.precision_set("none"):
         return functional.scaled_dot_product_attention(*args, **kwargs)
 
 

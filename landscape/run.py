@@ -25,8 +25,8 @@ from landscape.results import Record
 if TYPE_CHECKING:
     import xarray
 
-# Writing may take this share of the time (the file is rewritten whole).
-_WRITING_SHARE = 0.05
+# Writing takes this share of the time at most (the file is rewritten whole); a kill loses 50 times a writing.
+_WRITING_SHARE = 0.02
 # Seconds before the first writing: a measurement that is done by then is written once.
 _UNWRITTEN_SECONDS = 0.1
 # Exit codes of the command line, written into the run too: some launchers lose them.
@@ -180,7 +180,7 @@ def result_path(out: str | Path, metric: Metric) -> Path:
 
 
 class _Journal(Journal):
-    """Writes the record whole after a block, but spends at most 5 % of the time on it."""
+    """Writes the record whole after a block, but spends at most 2 % of the time on it."""
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ FLOORS = [
         "guard",
         "kernels",
         "losses",
+        "matmul",
         "scales",
         "strict",
         "tensors",
@@ -144,7 +145,8 @@ FLOORS = [
 ]
 # Within a floor, from the bottom up.
 ORDER = {
-    "products": 0, "evaluator": 0, "averages": 1, "product_checks": 2, "checks": 3, "convolution": 0, "kernels": 1,
+    "products": 0, "evaluator": 0, "averages": 1, "product_checks": 2, "checks": 3, "convolution": 0,
+    "matmul": 0, "kernels": 1,
     "directions.paths": 1, "accuracy": 0, "folding": 0, "passes": 1, "displaced": 2,
     "transforms.fields": 0, "transforms.layout": 1, "curvature_columns": 0, "output_curvature": 1,
     "ggn_passes": 0, "ggn_trace": 1, "ggn_diagonal": 1, "layer_rows": 1,

@@ -13,7 +13,7 @@ from test_problem_untouched import same, snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from landscape import kernels, testbeds
+from landscape import kernels, matmul, testbeds
 from landscape.checks import Need
 from landscape.convolution import Settings, convolve, linear_pullbacks
 from landscape.kernels import NONE, Kernels, active
@@ -339,17 +339,17 @@ def test_everything_is_put_back_after_an_exception():
 
 @pytest.fixture
 def fresh_probe():
-    kernels.faster_matmul_is_exact.cache_clear()
+    matmul.faster_is_exact.cache_clear()
     yield
-    kernels.faster_matmul_is_exact.cache_clear()
+    matmul.faster_is_exact.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("faster", "exact"), [(4e-7, True), (8e-7, True), (2e-3, False), (float("nan"), False)]
 )
 def test_the_probe_refuses_what_computes_in_bf16(monkeypatch, fresh_probe, faster, exact):
-    monkeypatch.setattr(kernels, "matmul_error", lambda p: {"bf16": faster, "none": 2e-7}[p])
-    assert kernels.faster_matmul_is_exact() is exact
+    monkeypatch.setattr(matmul, "error", lambda p: {"bf16": faster, "none": 2e-7}[p])
+    assert matmul.faster_is_exact() is exact
     chosen = kernels.choose(torch.device("cpu"), torch.float32)
     assert chosen.matmul == ("bf16" if exact else "default")
     assert kernels.choose(torch.device("cpu"), torch.float64).matmul == "default"
@@ -364,16 +364,16 @@ def test_the_probe_sees_operands_rounded_to_bf16(monkeypatch, fresh_probe):
         return t.bfloat16().float() if reduced else t
 
     monkeypatch.setattr(torch, "bmm", lambda a, b: bmm(rounded(a), b))
-    assert kernels.matmul_error("none") < 1e-6
-    assert kernels.matmul_error("bf16") > 1e-3
-    assert not kernels.faster_matmul_is_exact()
+    assert matmul.error("none") < 1e-6
+    assert matmul.error("bf16") > 1e-3
+    assert not matmul.faster_is_exact()
     monkeypatch.setattr(torch, "bmm", bmm)
-    monkeypatch.setattr(kernels.functional, "linear", lambda a, b, c: linear(rounded(a), b, c))
-    assert kernels.matmul_error("bf16") > 1e-3
+    monkeypatch.setattr(matmul.functional, "linear", lambda a, b, c: linear(rounded(a), b, c))
+    assert matmul.error("bf16") > 1e-3
 
 
 def test_a_precision_that_the_user_has_set_stands(monkeypatch):
-    monkeypatch.setattr(kernels, "faster_matmul_is_exact", lambda: True)
+    monkeypatch.setattr(matmul, "faster_is_exact", lambda: True)
     setting = torch.backends.mkldnn.matmul
     assert kernels.choose(torch.device("cpu"), torch.float32).matmul == "bf16"
     setting.fp32_precision = "ieee"
