@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from landscape import lock, product_checks, provenance, results
 from landscape import memory as footprint
-from landscape import product_checks, provenance, results
 from landscape.checks import Need, Report
 from landscape.errors import Refused
 from landscape.memory import Plan
@@ -40,7 +40,8 @@ class Progress:
     Attributes:
         metric: its name.
         done: units measured.
-        total: units of the current round; an adaptive metric may ask for more.
+        total: units of the current round; an adaptive metric may ask for more. None while it waits for another
+            process, whom the message names.
         message: the estimate so far, in words.
     """
 
@@ -60,6 +61,7 @@ def measure(
     check: bool = True,
     progress: Callable[[Progress], None] | None = None,
     memory: int | None = None,
+    wait: bool = False,
 ) -> xarray.Dataset:
     """Measure a metric of a problem, store it, and return it.
 
@@ -76,17 +78,49 @@ def measure(
         progress: called after each block of units.
         memory: bytes that may be used beside the model and its data; default 8 GiB. Batches that need more
             are cut, unless the problem was given a microbatch.
+        wait: where another process measures into the same file, wait until it is done; else refuse. One
+            that was killed does not count, unless it ran on another machine.
 
     Returns:
         The dataset: estimates, their errors, the values of all units, provenance in `attrs`.
 
     Raises:
-        Refused: if the problem fails its check, if one example needs more memory than is allowed, or if
-            the file holds another measurement.
+        Refused: if the problem fails its check, if one example needs more memory than is allowed, if the
+            file holds another measurement, or if another process is measuring into it (which is named).
         ResultsError: if the file cannot be read or written.
     """
-    memory = MEMORY if memory is None else memory
     path = None if out is None else result_path(out, metric)
+
+    def waiting(text: str) -> None:
+        if progress is not None:
+            progress(Progress(metric.name, 0, None, text))
+
+    with lock.held(path, wait=wait, tell=waiting):
+        return _measure(
+            metric,
+            problem,
+            path,
+            seed=seed,
+            overwrite=overwrite,
+            check=check,
+            progress=progress,
+            memory=memory,
+        )
+
+
+def _measure(
+    metric: Metric,
+    problem: Problem,
+    path: Path | None,
+    *,
+    seed: int,
+    overwrite: bool,
+    check: bool,
+    progress: Callable[[Progress], None] | None,
+    memory: int | None,
+) -> xarray.Dataset:
+    """Measure into a file that no other process measures into."""
+    memory = MEMORY if memory is None else memory
     record, identity = None, None
     if path is not None:
         results.clean_leftovers(path.parent)

@@ -26,6 +26,7 @@ FLOORS = [
         "convolution",
         "guard",
         "kernels",
+        "lock",
         "losses",
         "scales",
         "strict",
