@@ -101,7 +101,7 @@ class _Run:
                         found = run.measure(
                             metric, target.problem, out=folder, seed=self.options["seed"],
                             overwrite=self.options["overwrite"], check=not self.options["no_check"],
-                            progress=progress, memory=self.options["memory"],
+                            progress=progress, memory=self.options["memory"], wait=self.options["wait"],
                         )  # fmt: skip
                         rows.append(report.summarize(found, path))
                         if self.options["as_json"]:

@@ -103,6 +103,8 @@ def _where() -> list[click.Option]:
         Flag("--seed", group=WHERE, type=int, default=0, help="Seed of the measurement. [default: 0]"),
         Flag("--overwrite", group=WHERE, is_flag=True,
              help="Start anew where another configuration, model or data was measured before."),
+        Flag("--wait", group=WHERE, is_flag=True,
+             help="Wait while another process measures into the same file; else this is refused, naming it."),
         Flag("--memory", group=WHERE, metavar="SIZE", callback=_memory,
              help="What the measurement may use beside the model and its data; larger batches are cut to fit. "
              "[default: 8GiB]"),

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from landscape import lock, product_checks, provenance, results
 from landscape import memory as footprint
-from landscape import product_checks, provenance, results
 from landscape.checks import Need, Report
 from landscape.errors import Refused
 from landscape.memory import Plan
 from landscape.metrics.base import MEMORY, Journal, Metric, State, evaluate
+from landscape.metrics.base_journal import PREPARATION
 from landscape.problem import Problem
 from landscape.results import Record
 
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 _WRITING_SHARE = 0.02
 # Seconds before the first writing: a measurement that is done by then is written once.
 _UNWRITTEN_SECONDS = 0.1
+_PARTS = ".parts"  # where states of unfinished blocks lie
 # Exit codes of the command line, written into the run too: some launchers lose them.
 _TOLERANCE_MISSED, _INTERRUPTED = 4, 130
 
@@ -40,7 +45,8 @@ class Progress:
     Attributes:
         metric: its name.
         done: units measured.
-        total: units of the current round; an adaptive metric may ask for more.
+        total: units of the current round; an adaptive metric may ask for more. None while it waits for another
+            process, whom the message names.
         message: the estimate so far, in words.
     """
 
@@ -60,6 +66,7 @@ def measure(
     check: bool = True,
     progress: Callable[[Progress], None] | None = None,
     memory: int | None = None,
+    wait: bool = False,
 ) -> xarray.Dataset:
     """Measure a metric of a problem, store it, and return it.
 
@@ -76,26 +83,60 @@ def measure(
         progress: called after each block of units.
         memory: bytes that may be used beside the model and its data; default 8 GiB. Batches that need more
             are cut, unless the problem was given a microbatch.
+        wait: where another process measures into the same file, wait until it is done; else refuse. One
+            that was killed does not count, unless it ran on another machine.
 
     Returns:
         The dataset: estimates, their errors, the values of all units, provenance in `attrs`.
 
     Raises:
-        Refused: if the problem fails its check, if one example needs more memory than is allowed, or if
-            the file holds another measurement.
+        Refused: if the problem fails its check, if one example needs more memory than is allowed, if the
+            file holds another measurement, or if another process is measuring into it (which is named).
         ResultsError: if the file cannot be read or written.
     """
-    memory = MEMORY if memory is None else memory
     path = None if out is None else result_path(out, metric)
+
+    def waiting(text: str) -> None:
+        if progress is not None:
+            progress(Progress(metric.name, 0, None, text))
+
+    with lock.held(path, wait=wait, tell=waiting):
+        return _measure(
+            metric,
+            problem,
+            path,
+            seed=seed,
+            overwrite=overwrite,
+            check=check,
+            progress=progress,
+            memory=memory,
+        )
+
+
+def _measure(
+    metric: Metric,
+    problem: Problem,
+    path: Path | None,
+    *,
+    seed: int,
+    overwrite: bool,
+    check: bool,
+    progress: Callable[[Progress], None] | None,
+    memory: int | None,
+) -> xarray.Dataset:
+    """Measure into a file that no other process measures into."""
+    memory = MEMORY if memory is None else memory
     record, identity = None, None
     if path is not None:
-        results.clean_leftovers(path.parent)
+        for place in (path.parent, path.parent / _PARTS):
+            results.clean_leftovers(place)
         results.require_writable(path.parent)
         if path.exists() and not overwrite:
             record = results.read(path)
             identity = _identity(metric, problem, seed, memory, problem.data_fingerprint())
             _require_same(path, record, identity)
             if record.attrs.get("complete") and metric.units(record) is None:
+                _delete_states(path, record)
                 return record.to_xarray()
     stored = record.attrs.get("memory_plan") if record else None
     plan = Plan(**stored) if stored else memory_plan(metric, problem, memory, check=check)
@@ -190,12 +231,11 @@ class _Journal(Journal):
         progress: Callable[[Progress], None] | None,
     ):
         self.metric, self.path, self.tell = metric, path, progress
-        same = {key: identity[key] for key in _SAME}
+        # With its demands: what a block came to for smaller ones is not what it has to come to.
+        same = {key: identity[key] for key in (*_SAME, "configuration")}
         self.key = hashlib.blake2b(json.dumps(same, sort_keys=True).encode(), digest_size=16).hexdigest()
-        self.spacing = _Spacing(_UNWRITTEN_SECONDS)
-        self.state_spacing = _Spacing()
+        self.spacing, self.state_spacing = _Spacing(_UNWRITTEN_SECONDS), _Spacing(_UNWRITTEN_SECONDS)
         self.unwritten = False
-        self.states: dict[Path, range] = {}
 
     def commit(self, record: Record, *, final: bool = False) -> None:
         self.unwritten = True
@@ -220,19 +260,13 @@ class _Journal(Journal):
     def load_state(self, block: range) -> State | None:
         if self.path is None:
             return None
-        path = _state_path(self.path, block)
-        found = results.read_state(path)
-        if found is None or found[1].get("key") != self.key:
-            return None
-        self.states[path] = block
-        return found[0]
+        found = results.read_state(_state_path(self.path, block))
+        return found[0] if found is not None and found[1].get("key") == self.key else None
 
     def save_state(self, block: range, state: Callable[[], State]) -> None:
         if self.path is not None and self.state_spacing.due():
-            path = _state_path(self.path, block)
             with self.state_spacing:
-                results.write_state(path, state(), {"key": self.key})
-            self.states[path] = block
+                results.write_state(_state_path(self.path, block), state(), {"key": self.key})
 
     def _write(self, record: Record) -> None:
         if self.path is None:
@@ -242,22 +276,31 @@ class _Journal(Journal):
         with self.spacing:
             results.write(self.path, record)
         self.unwritten = False
-        for path, block in list(self.states.items()):
-            if (
-                "done" in record and record["done"][block.start : block.stop].all()
-            ):  # their results are safe now
-                path.unlink(missing_ok=True)
-                del self.states[path]
+        _delete_states(self.path, record)
 
 
 def _state_path(path: Path, block: range) -> Path:
-    return path.parent / ".parts" / f"{path.stem}.state-{block.start}.safetensors"
+    which = "prepare" if block == PREPARATION else block.start
+    return path.parent / _PARTS / f"{path.stem}.state-{which}.safetensors"
+
+
+def _delete_states(path: Path, record: Record) -> None:
+    """Delete the states of what is in the file; a kill may have come between its writing and this."""
+    size, done = record.attrs["block_size"], record["done"] if "done" in record else np.zeros(0, bool)
+    with contextlib.suppress(OSError):
+        for state in (path.parent / _PARTS).iterdir():
+            found = re.fullmatch(rf"{re.escape(path.stem)}\.state-(prepare|[0-9]+)\.safetensors", state.name)
+            if found is None:
+                continue
+            block = done[int(found[1]) :][:size] if found[1] != "prepare" else np.ones(1, bool)
+            if record.attrs["complete"] or (len(block) and block.all()):
+                state.unlink()
 
 
 class _Spacing:
     """Tells when writing again keeps it under its share of the time; measures each writing."""
 
-    def __init__(self, first_after: float = 0.0) -> None:
+    def __init__(self, first_after: float) -> None:
         self.ended, self.wait = time.monotonic(), first_after
 
     def due(self) -> bool:

@@ -247,7 +247,10 @@ def test_killed_runs_go_on_and_end_bit_identical(
     assert same(whole, resumed), (whole, resumed)
 
 
-def test_the_state_of_a_sequential_block_is_kept_between_steps(tmp_path: Path) -> None:
+def test_the_state_of_a_sequential_block_is_kept_between_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 0.0)
     seen: list[int] = []
 
     @dataclass(frozen=True)
