@@ -32,7 +32,8 @@ FLOORS = [
         "tensors",
     },
     {"netcdf"},
-    {"results"},
+    {"results", "ranks", "rounds"},
+    {"parts", "sharded"},
     {
         "arguments",
         "products",
@@ -137,6 +138,8 @@ FLOORS = [
     {"metrics.*"},
     {"metrics"},
     {"plots.style", "plots.words"},
+    {"identity"},
+    {"shares"},
     {"run", "plots", "testbeds.*", "testbeds", "training.*", "training"},
     {"plots.*"},
     {"plots.surface"},
