@@ -17,13 +17,14 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from landscape.errors import RankLost, Refused
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 TIMEOUT = 120.0  # seconds of silence after which a rank is lost
 _BEAT = 0.25  # seconds between two beats
@@ -77,14 +78,21 @@ def join(timeout: float = TIMEOUT) -> Team | None:
         raise ValueError(f"timeout is {timeout}; allowed is a number of seconds >= {2 * _BEAT}")
     _joined += 1
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    job = PrefixStore(f"landscape/{attempt}", _job_store(timeout))
-    _team = Team(*found, job, PrefixStore(str(_joined), job), timeout)
+    job = _named(f"landscape/{attempt}", _job_store(timeout))
+    _team = Team(*found, job, _named(str(_joined), job), timeout)
     return _team
 
 
 def first_to_tell() -> bool:
     """Whether nobody of this job has told the user yet why it ends; also where this process is alone."""
     return _team is None or _team.first_to_tell()
+
+
+def _named(name: str, store: Store) -> Store:
+    """The same store under names that begin so."""
+    from torch._C._distributed_c10d import PrefixStore  # not every build of torch has it
+
+    return PrefixStore(name, store)
 
 
 def _job_store(timeout: float) -> Store:
@@ -95,6 +103,8 @@ def _job_store(timeout: float) -> Store:
                 _store = dist.distributed_c10d._get_default_store()
             else:
                 from datetime import timedelta
+
+                from torch.distributed.rendezvous import rendezvous
 
                 _store = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))[0]
         except (RuntimeError, ValueError) as error:
@@ -190,7 +200,7 @@ class Team:
 
     def store_for(self, purpose: str) -> Store:
         """The launcher's store, under a name of its own."""
-        return PrefixStore(purpose, self._store)
+        return _named(purpose, self._store)
 
     def leave(self, error: BaseException) -> None:
         """Tell the others that this rank goes, and why."""
@@ -301,13 +311,16 @@ class Team:
 
     def _part(self) -> None:
         """Wait, at the end, for who writes the file; and he for the others, who may need his store."""
-        self.post(f"end/{self.rank}")
-        if self.rank:
-            self.wait("end/0")
+        if self.rank == 0:
+            self.post("end")
+            with contextlib.suppress(RankLost):
+                for rank in self.others:
+                    self.wait(f"gone/{rank}")
             return
-        with contextlib.suppress(RankLost):
-            for rank in self.others:
-                self.wait(f"end/{rank}")
+        self.wait("end")
+        self._stop.set()
+        self._thread.join()
+        self.post(f"gone/{self.rank}")
 
     def _process(self, rank: int) -> dict[str, Any]:
         if rank not in self._who:

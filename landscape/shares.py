@@ -284,6 +284,7 @@ class RankShare(Share):
             expected = self.team.wait(key)
             self._await(self.result, expected)
             _replace(record, results.read(self.result))
+        self.team.sync()  # nobody writes that file again before all have it
 
     def _take_leftovers(self, record: Record) -> None:
         for _, part in self._leftovers(record):
