@@ -26,7 +26,7 @@ SAME = {
     "mode": "the model's mode",
     "reduction": "the reduction",
     "microbatch": "the micro-batch",
-    "memory": "the memory",
+    "stated_memory": "the memory",
 }
 
 
@@ -52,7 +52,7 @@ def of(metric: Metric, problem: Problem, seed: int, memory: int, data: str) -> d
         "mode": problem.mode,
         "reduction": problem.reduction,
         "microbatch": problem.microbatch,
-        "memory": memory,
+        "stated_memory": memory,  # that for blocks may be less
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -79,5 +80,5 @@ def problem(**options: object) -> landscape.Problem:
             p.copy_(torch.randn(p.shape, generator=draws) * 0.5)
     x, y = torch.randn(20, 6, generator=draws), torch.randint(0, 3, (20,), generator=draws)
     cuts = [0, 7, 8, 13, 19, 20]
-    batches = [(x[a:b], y[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    batches = [(x[a:b], y[a:b]) for a, b in itertools.pairwise(cuts)]
     return landscape.Problem(model, nn.CrossEntropyLoss(), batches, **options)

@@ -140,6 +140,7 @@ FLOORS = [
     {"plots.style", "plots.words"},
     {"identity"},
     {"shares"},
+    {"merging"},
     {"run", "plots", "testbeds.*", "testbeds", "training.*", "training"},
     {"plots.*"},
     {"plots.surface"},

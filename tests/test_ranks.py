@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import jobs
 import pytest
-from test_run import Draws, Power, same
+from test_run import same
 
 import landscape
-from landscape import metrics
-from landscape.errors import RankLost
 from landscape.metrics import registry
 
 # Cheap settings; a small memory cuts the units of every metric into several blocks.
@@ -44,7 +39,8 @@ def test_ranks_give_the_bits_of_one_process(name: str, tmp_path: Path) -> None:
     assert jobs.run(3, lambda _: measured(name, tmp_path / "three") and None) == [0, 0, 0]
     stored = landscape.open(tmp_path / "three" / f"{name}.h5")
     assert same(alone, stored)
-    assert stored.attrs["complete"] and stored.attrs["exit_code"] == alone.attrs["exit_code"]
+    assert stored.attrs["complete"]
+    assert stored.attrs["exit_code"] == alone.attrs["exit_code"]
     assert stored.attrs["products"] == alone.attrs["products"]
     assert stored.attrs["world_size"] == 3
     assert not list((tmp_path / "three/.parts").glob("*.h5"))
