@@ -83,9 +83,9 @@ def join(timeout: float = TIMEOUT) -> Team | None:
     return _team
 
 
-def first_to_tell() -> bool:
-    """Whether nobody of this job has told the user yet why it ends; also where this process is alone."""
-    return _team is None or _team.first_to_tell()
+def current() -> Team | None:
+    """Return the ranks that were joined last, None where this process is alone."""
+    return _team
 
 
 def _named(name: str, store: Store) -> Store:
@@ -259,6 +259,7 @@ class Team:
         self._looked = self._count
         self._notice()
         if found := self._failed() or self._silent(self.timeout):
+            self.leaving = True
             raise found
 
     def _notice(self) -> None:
