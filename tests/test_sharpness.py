@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import landscape
 from landscape.errors import Refused
-from landscape.estimators.rounds import stopping_counts
+from landscape.estimators.stopping import stopping_counts
 from landscape.metrics import Sharpness
 from landscape.metrics.base import Journal
 from landscape.results import Record

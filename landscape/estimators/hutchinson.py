@@ -9,7 +9,7 @@ import torch
 
 from landscape.estimators.calibration import BLOCK, block_moments, calibrated_stderr
 from landscape.estimators.probes import DISTRIBUTIONS, Operator, draw, order, probe_gram, rounding
-from landscape.estimators.rounds import stopping_counts
+from landscape.estimators.stopping import stopping_counts
 from landscape.seeds import generator
 
 _MAX_PROBES = 1024

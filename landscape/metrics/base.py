@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from landscape import memory as footprint
-from landscape import seeds, stages
+from landscape import rounds, seeds, stages
 from landscape.checks import Need
-from landscape.estimators.rounds import stopping_counts
+from landscape.estimators.stopping import stopping_counts
 from landscape.metrics.base_journal import (
     PREPARATION,
     Accounts,
@@ -48,9 +48,9 @@ __all__ = [
     "SequentialMetric",
     "State",
     "Values",
-    "doubling",
     "evaluate",
     "graphs_fit",
+    "growing",
     "setting",
     "vector_bytes",
 ]
@@ -348,32 +348,42 @@ def _evaluate(
     with problem.session(), stages.within(None):
         if "block_size" not in record.attrs:
             record.attrs["memory"] = memory
-            with Accounts(record, problem, journal) as accounts, staged(accounts, PREPARATION):
-                shared = metric.prepare(problem, seed)
-            record.variables.update(shared.variables)
-            record.attrs.update(shared.attrs)
-            record.attrs.update(block_size=metric.block_size(problem, memory), stop=0)
-            journal.commit(record)
+            journal.prepare(record, functools.partial(_prepare, metric, problem, seed, record, journal))
         while True:
-            _measure_open_blocks(metric, problem, seed, record, journal)
+            if _measure_open_blocks(metric, problem, seed, record, journal):
+                return record
             following = metric.units(record)
             if following is None:
                 break
-            _open_round(metric, record, following)
-        record.variables.update(metric.summarize(record))
-        record.attrs["complete"] = True
+            open_round(metric, record, following)
+        finish(metric, record)
         journal.commit(record, final=True)
     return record
 
 
+def _prepare(metric: Metric, problem: Problem, seed: int, record: Record, journal: Journal) -> None:
+    with Accounts(record, problem, journal) as accounts, staged(accounts, PREPARATION):
+        shared = metric.prepare(problem, seed)
+    record.variables.update(shared.variables)
+    record.attrs.update(shared.attrs)
+    size = metric.block_size(problem, record.attrs["memory"])
+    record.attrs.update(block_size=size, stop=0, round=rounds.first(shared))
+
+
+def finish(metric: Metric, record: Record) -> None:
+    """Summarize a record whose units are all done."""
+    record.variables.update(metric.summarize(record))
+    record.attrs["complete"] = True
+
+
 def _measure_open_blocks(
     metric: Metric, problem: Problem, seed: int, record: Record, journal: Journal
-) -> None:
-    size, stop = record.attrs["block_size"], record.attrs["stop"]
-    for start in range(0, stop, size):
-        block = range(start, min(start + size, stop))
-        if record["done"][start : block.stop].all():
-            continue
+) -> bool:
+    """Measure what is to be measured here; return whether the rest is left to others."""
+    blocks = rounds.open_blocks(record)
+    if not blocks:
+        return False
+    for block in journal.deal(record, blocks):
         # A block that an earlier, smaller demand left half done is measured whole: what its units say
         # together must not depend on that history.
         generators = _Streams(seed, metric.name, block)
@@ -381,7 +391,8 @@ def _measure_open_blocks(
             values = metric.run_block(problem, record, block, generators, accounts)
         _store(record, block, values)
         journal.commit(record)
-        journal.progress(record, int(record["done"].sum()), stop)
+        journal.progress(record, int(record["done"].sum()), record.attrs["stop"])
+    return not journal.gather(record)
 
 
 class _Streams(Sequence[torch.Generator]):
@@ -404,7 +415,7 @@ class _Streams(Sequence[torch.Generator]):
         return self._made[index]
 
 
-def _open_round(metric: Metric, record: Record, following: Round) -> None:
+def open_round(metric: Metric, record: Record, following: Round) -> None:
     """Lengthen the unit dimension; what is not yet measured is NaN and not done."""
     stop = following.stop
     if stop <= record.attrs["stop"] and not following.again:
@@ -414,29 +425,20 @@ def _open_round(metric: Metric, record: Record, following: Round) -> None:
     done = Variable((metric.unit,), np.zeros(0, bool), long_name="measured")
     for name, variable in {"done": done, **record.variables}.items():
         if variable.dims[:1] == (metric.unit,) and variable.data.shape[0] < stop:
-            record.variables[name] = dataclasses.replace(variable, data=_lengthened(variable.data, stop))
+            record.variables[name] = dataclasses.replace(
+                variable, data=rounds.lengthened(variable.data, stop)
+            )
     record.variables.update(following.inputs)
     record.attrs["stop"] = stop
+    record.attrs["round"] = rounds.following(record.attrs.get("round", ""), stop, following.inputs)
     if following.again:
         record["done"][:] = False
 
 
 def _store(record: Record, block: range, values: Mapping[str, Variable]) -> None:
     for name, variable in values.items():
-        if name not in record:
-            empty = variable.data[:0]
-            empty = empty if empty.dtype.kind in "fUb" else empty.astype(float)
-            stop = record.attrs["stop"]
-            record.variables[name] = dataclasses.replace(variable, data=_lengthened(empty, stop))
-        record[name][block.start : block.stop] = variable.data
+        rounds.put(record, name, variable, slice(block.start, block.stop), variable.data)
     record["done"][block.start : block.stop] = True
-
-
-def _lengthened(data: np.ndarray, stop: int) -> np.ndarray:
-    blank = np.nan if data.dtype.kind == "f" else np.zeros((), data.dtype)
-    longer = np.full((stop, *data.shape[1:]), blank, data.dtype)
-    longer[: data.shape[0]] = data
-    return longer
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,23 @@ _COUNTED = {
 
 
 class Journal:
-    """Where an evaluation tells what it did; this one forgets. `landscape.run` writes files."""
+    """Where an evaluation tells what it did; this one forgets. `landscape.run` writes files.
+
+    It also knows who else is at work: others may prepare, or measure some of a round's blocks.
+    """
+
+    def prepare(self, record: Record, make: Callable[[], None]) -> None:
+        """Put what all units share into the record, by `make` or from who made it."""
+        make()
+        self.commit(record)
+
+    def deal(self, record: Record, blocks: Sequence[range]) -> Sequence[range]:  # noqa: ARG002
+        """Of a round's open blocks, return those to be measured here; take in what is known of the others."""
+        return blocks
+
+    def gather(self, record: Record) -> bool:  # noqa: ARG002
+        """Take in what others measured of the round; False where some of it is still to come."""
+        return True
 
     def commit(self, record: Record, *, final: bool = False) -> None:
         """Take note of the units that are done; `final` after the last."""

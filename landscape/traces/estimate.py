@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from landscape.estimators.calibration import calibrated_stderr
-from landscape.estimators.rounds import stopping_counts
+from landscape.estimators.stopping import stopping_counts
 from landscape.record import Record, Variable
 from landscape.traces.plan import PAIRS
 

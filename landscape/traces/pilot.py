@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from landscape import batches as batching
 from landscape import ggn_trace, seeds
 from landscape.errors import Refused
-from landscape.estimators.rounds import stopping_counts
+from landscape.estimators.stopping import stopping_counts
 from landscape.problem import Problem
 from landscape.second_differences import quadratics
 from landscape.traces.plan import EXAMPLES_PER_PROBE, PAIRS, Plan
