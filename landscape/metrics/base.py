@@ -33,7 +33,6 @@ from landscape.metrics.base_journal import (
     StageJournal,
     State,
     packed,
-    staged,
     unpacked,
 )
 from landscape.problem import Problem
@@ -47,6 +46,7 @@ __all__ = [
     "SequentialMetric",
     "State",
     "Values",
+    "curvature_power",
     "doubling",
     "evaluate",
     "graphs_fit",
@@ -117,6 +117,7 @@ class Metric(abc.ABC):
         citation: the source of the definition.
         told: further variables, numbers without an error, that are told with the headline.
         listed: variables along the headline's axis that are told as a table in its place.
+        seed_chooses: whether the seed says what is measured (random directions), not only with which draws.
     """
 
     name: ClassVar[str]
@@ -126,6 +127,7 @@ class Metric(abc.ABC):
     citation: ClassVar[str] = ""
     told: ClassVar[tuple[str, ...]] = ()
     listed: ClassVar[tuple[str, ...]] = ()
+    seed_chooses: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Refuse a choice that is none of a field's.
@@ -168,6 +170,11 @@ class Metric(abc.ABC):
         """Predict the fewest and the most curvature products (or other passes) that will be needed."""
 
     @property
+    def loss_powers(self) -> Mapping[str, float]:
+        """Variables that are multiplied by c^p where the loss is by c, and p; those without such a law are left out."""
+        return {self.headline: 1.0}
+
+    @property
     def outlook_in(self) -> tuple[str, float]:
         """What `outlook` counts, and what one of them costs in gradients, about."""
         return "products", 2.5  # between 2.2 and 2.9 by network
@@ -189,7 +196,7 @@ class Metric(abc.ABC):
         journal: Journal,
     ) -> Values:
         """Measure a block from wherever it stands; its stages are kept in the journal."""
-        with staged(journal, block):
+        with journal.staged(block):
             return self.measure(problem, shared, block, generators)
 
     def configuration(self, *, without_demands: bool = False) -> dict[str, Any]:
@@ -199,6 +206,11 @@ class Metric(abc.ABC):
             for f in dataclasses.fields(self)
             if not (without_demands and f.metadata.get("grows"))
         }
+
+
+def curvature_power(curvature: str) -> float:
+    """Return the power of the loss that a curvature matrix is proportional to."""
+    return 2.0 if curvature == "empirical_fisher" else 1.0  # squares of gradients
 
 
 def vector_bytes(problem: Problem) -> int:
@@ -279,7 +291,7 @@ class SequentialMetric(Metric):
             state = self.restored(problem, own)
         while (values := self.result(problem, shared, block, state)) is None:
             keep = functools.partial(self._keep, journal, block, state)
-            with stages.within(stages.Stages(inner, keep)):
+            with stages.within(stages.Stages(inner, keep, journal.books)):
                 state = _as_read_back(self.step(problem, shared, block, state))
             inner = {}
             journal.save_state(block, functools.partial(self.stored, state))
@@ -332,12 +344,12 @@ def evaluate(
     """
     if journal is not None:
         return _evaluate(metric, problem, seed, memory, journal, record or Record())
-    stage = stages.begin()
+    stage = stages.begin(keeps_books=True)
     if not stage.is_kept:
         return _evaluate(metric, problem, seed, memory, Journal(), record or Record())
     if stage.result is not None:
         return unpacked(stage.result)
-    inner = StageJournal(stage)
+    inner = StageJournal(stage, problem)
     return unpacked(stage.finish(packed(_evaluate(metric, problem, seed, memory, inner, inner.record))))
 
 
@@ -347,7 +359,7 @@ def _evaluate(
     with problem.session(), stages.within(None):
         if "block_size" not in record.attrs:
             record.attrs["memory"] = memory
-            with Accounts(record, problem, journal) as accounts, staged(accounts, PREPARATION):
+            with Accounts(record, problem, journal) as accounts, accounts.staged(PREPARATION):
                 shared = metric.prepare(problem, seed)
             record.variables.update(shared.variables)
             record.attrs.update(shared.attrs)
