@@ -11,11 +11,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from typing import Protocol
 
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
 _RESULT, _STATE = "result", "state"
+_BOOKS = "books/"  # before the names of what the accounts say of a stage
+
+
+class Books(Protocol):
+    """Accounts of a piece of work."""
+
+    def read(self) -> Arrays:
+        """Return what it cost so far."""
+
+    def restore(self, books: Arrays) -> None:
+        """Take what `read` returned for what it cost so far."""
 
 
 class Stage:
@@ -29,8 +41,16 @@ class Stage:
     def __init__(self, stages: Stages | None = None, place: int = 0):
         self._stages, self._place = stages, place
         held = {} if stages is None else stages.held.get(place, {})
-        self.result: Arrays | None = held.get(_RESULT)
-        self.state: Arrays | None = held.get(_STATE)
+        self.result, self.state = (_parted(held.get(kind), _BOOKS)[0] for kind in (_RESULT, _STATE))
+
+    def restore_books(self, *, of_state: bool = True) -> None:
+        """Take over what the stage cost so far."""
+        if self._stages is None or self._stages.books is None:
+            return
+        held = self._stages.held.get(self._place, {})
+        books = _parted(held.get(_RESULT) or (held.get(_STATE) if of_state else None), _BOOKS)[1]
+        if books:
+            self._stages.books.restore(books)
 
     @property
     def is_kept(self) -> bool:
@@ -42,11 +62,17 @@ class Stage:
         if self._stages is not None:
             self._stages.save(self._place, state)
 
+    def within(self) -> contextlib.AbstractContextManager[None]:
+        """Let stages that begin meanwhile be parts of this one."""
+        if self._stages is None:
+            return within(None)
+        return within(Stages(self.state or {}, self.save, self._stages.books))
+
     def finish(self, result: Arrays) -> Arrays:
         """Keep the result, and return it as it would be read back."""
         self.result = result = as_read_back(result)
         if self._stages is not None:
-            self._stages.held[self._place] = {_RESULT: result}
+            self._stages.held[self._place] = {_RESULT: {**result, **self._stages.read_books()}}
             self._stages.save()
         return result
 
@@ -57,9 +83,16 @@ class Stages:
     Args:
         held: what `arrays` gave before.
         keep: called with a function that gives the arrays that are to be kept.
+        books: the accounts of the work.
     """
 
-    def __init__(self, held: Mapping[str, np.ndarray], keep: Callable[[Callable[[], Arrays]], None]):
+    def __init__(
+        self,
+        held: Mapping[str, np.ndarray],
+        keep: Callable[[Callable[[], Arrays]], None],
+        books: Books | None = None,
+    ):
+        self.books = books
         self.held: dict[int, dict[str, Arrays]] = {}
         for name, array in held.items():
             place, kind, rest = name.split("/", 2)
@@ -73,7 +106,16 @@ class Stages:
 
     def save(self, place: int = 0, state: Callable[[], Arrays] | None = None) -> None:
         """Keep all that is finished, and the state of one that is not."""
-        self._keep(lambda: self._arrays({} if state is None else {place: {_STATE: state()}}))
+
+        def arrays() -> Arrays:
+            now = {} if state is None else {place: {_STATE: {**state(), **self.read_books()}}}
+            return self._arrays(now)
+
+        self._keep(arrays)
+
+    def read_books(self) -> Arrays:
+        """Return what the work cost so far, under names of their own."""
+        return {} if self.books is None else {f"{_BOOKS}{k}": v for k, v in self.books.read().items()}
 
     def _arrays(self, now: Mapping[int, Mapping[str, Arrays]]) -> Arrays:
         return {
@@ -97,10 +139,16 @@ def within(stages: Stages | None) -> Iterator[None]:
         _at_hand.reset(token)
 
 
-def begin() -> Stage:
-    """Begin the next stage of the work at hand; one that keeps nothing where there is none."""
+def begin(*, keeps_books: bool = False) -> Stage:
+    """Begin the next stage of the work at hand; one that keeps nothing where there is none.
+
+    Args:
+        keeps_books: whether its state holds accounts of its own.
+    """
     stages = _at_hand.get()
-    return Stage() if stages is None else stages.next()
+    stage = Stage() if stages is None else stages.next()
+    stage.restore_books(of_state=not keeps_books)
+    return stage
 
 
 def kept(compute: Callable[[], Arrays]) -> Arrays:
@@ -113,9 +161,17 @@ def kept(compute: Callable[[], Arrays]) -> Arrays:
         return stage.result
     if not stage.is_kept:
         return as_read_back(compute())
-    with within(Stages(stage.state or {}, stage.save)):
+    with stage.within():
         result = compute()
     return stage.finish(result)
+
+
+def _parted(arrays: Arrays | None, prefix: str) -> tuple[Arrays | None, Arrays]:
+    """Return the arrays without this prefix, and those with it, without it."""
+    if arrays is None:
+        return None, {}
+    own = {name: array for name, array in arrays.items() if not name.startswith(prefix)}
+    return own, {name.removeprefix(prefix): arrays[name] for name in arrays.keys() - own.keys()}
 
 
 def as_read_back(arrays: Mapping[str, np.ndarray]) -> Arrays:

@@ -34,7 +34,6 @@ from landscape.metrics.base_journal import (
     StageJournal,
     State,
     packed,
-    staged,
     unpacked,
 )
 from landscape.problem import Problem
@@ -48,6 +47,7 @@ __all__ = [
     "SequentialMetric",
     "State",
     "Values",
+    "curvature_power",
     "evaluate",
     "graphs_fit",
     "growing",
@@ -118,6 +118,7 @@ class Metric(abc.ABC):
         citation: the source of the definition.
         told: further variables, numbers without an error, that are told with the headline.
         listed: variables along the headline's axis that are told as a table in its place.
+        seed_chooses: whether the seed says what is measured (random directions), not only with which draws.
     """
 
     name: ClassVar[str]
@@ -127,6 +128,7 @@ class Metric(abc.ABC):
     citation: ClassVar[str] = ""
     told: ClassVar[tuple[str, ...]] = ()
     listed: ClassVar[tuple[str, ...]] = ()
+    seed_chooses: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Refuse a choice that is none of a field's.
@@ -169,6 +171,11 @@ class Metric(abc.ABC):
         """Predict the fewest and the most curvature products (or other passes) that will be needed."""
 
     @property
+    def loss_powers(self) -> Mapping[str, float]:
+        """Variables that are multiplied by c^p where the loss is by c, and p; those without such a law are left out."""
+        return {self.headline: 1.0}
+
+    @property
     def outlook_in(self) -> tuple[str, float]:
         """What `outlook` counts, and what one of them costs in gradients, about."""
         return "products", 2.5  # between 2.2 and 2.9 by network
@@ -190,7 +197,7 @@ class Metric(abc.ABC):
         journal: Journal,
     ) -> Values:
         """Measure a block from wherever it stands; its stages are kept in the journal."""
-        with staged(journal, block):
+        with journal.staged(block):
             return self.measure(problem, shared, block, generators)
 
     def configuration(self, *, without_demands: bool = False) -> dict[str, Any]:
@@ -200,6 +207,11 @@ class Metric(abc.ABC):
             for f in dataclasses.fields(self)
             if not (without_demands and f.metadata.get("grows"))
         }
+
+
+def curvature_power(curvature: str) -> float:
+    """Return the power of the loss that a curvature matrix is proportional to."""
+    return 2.0 if curvature == "empirical_fisher" else 1.0  # squares of gradients
 
 
 def vector_bytes(problem: Problem) -> int:
@@ -280,7 +292,7 @@ class SequentialMetric(Metric):
             state = self.restored(problem, own)
         while (values := self.result(problem, shared, block, state)) is None:
             keep = functools.partial(self._keep, journal, block, state)
-            with stages.within(stages.Stages(inner, keep)):
+            with stages.within(stages.Stages(inner, keep, journal.books)):
                 state = _as_read_back(self.step(problem, shared, block, state))
             inner = {}
             journal.save_state(block, functools.partial(self.stored, state))
@@ -333,12 +345,12 @@ def evaluate(
     """
     if journal is not None:
         return _evaluate(metric, problem, seed, memory, journal, record or Record())
-    stage = stages.begin()
+    stage = stages.begin(keeps_books=True)
     if not stage.is_kept:
         return _evaluate(metric, problem, seed, memory, Journal(), record or Record())
     if stage.result is not None:
         return unpacked(stage.result)
-    inner = StageJournal(stage)
+    inner = StageJournal(stage, problem)
     return unpacked(stage.finish(packed(_evaluate(metric, problem, seed, memory, inner, inner.record))))
 
 
@@ -362,7 +374,7 @@ def _evaluate(
 
 
 def _prepare(metric: Metric, problem: Problem, seed: int, record: Record, journal: Journal) -> None:
-    with Accounts(record, problem, journal) as accounts, staged(accounts, PREPARATION):
+    with Accounts(record, problem, journal) as accounts, accounts.staged(PREPARATION):
         shared = metric.prepare(problem, seed)
     record.variables.update(shared.variables)
     record.attrs.update(shared.attrs)

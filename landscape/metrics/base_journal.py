@@ -21,7 +21,7 @@ State = dict[str, np.ndarray]
 # Stands for the block where the state of `prepare` is kept; units are counted from 0.
 PREPARATION = range(-1, 0)
 
-_SPENT, _FOUND = "cost_of_this_block", "products_of_this_block"
+_BOOKS = _SPENT, _FOUND = "cost_of_this_block", "products_of_this_block"
 _COUNTED = {
     "matvecs": "products of the curvature matrix with a vector",
     "gradients": "gradients over all data",
@@ -48,6 +48,8 @@ class Journal:
         """Take in what others measured of the round; False where some of it is still to come."""
         return True
 
+    books: stages.Books | None = None
+
     def commit(self, record: Record, *, final: bool = False) -> None:
         """Take note of the units that are done; `final` after the last."""
 
@@ -60,11 +62,10 @@ class Journal:
     def save_state(self, block: range, state: Callable[[], State]) -> None:
         """Keep the state of a block that is not done, which is made only where it is kept."""
 
-
-def staged(journal: Journal, block: range) -> contextlib.AbstractContextManager[None]:
-    """Let what is computed meanwhile keep its stages in the state of a block."""
-    keep = functools.partial(journal.save_state, block)
-    return stages.within(stages.Stages(journal.load_state(block) or {}, keep))
+    def staged(self, block: range) -> contextlib.AbstractContextManager[None]:
+        """Let what is computed meanwhile keep its stages in the state of a block."""
+        keep = functools.partial(self.save_state, block)
+        return stages.within(stages.Stages(self.load_state(block) or {}, keep, self.books))
 
 
 class Accounts(Journal):
@@ -76,6 +77,7 @@ class Accounts(Journal):
 
     def __init__(self, record: Record, problem: Problem, journal: Journal):
         self._record, self._problem, self._journal = record, problem, journal
+        self.books = self
 
     def __enter__(self) -> Accounts:
         self._before, self._began = dataclasses.asdict(self._problem.cost), time.perf_counter()
@@ -92,28 +94,33 @@ class Accounts(Journal):
     def load_state(self, block: range) -> State | None:
         """Return a saved state, and take over its costs."""
         held = self._journal.load_state(block)
-        if held is None:
-            return None
-        held = dict(held)
-        for key, count in zip(_COUNTED, held.pop(_SPENT), strict=True):
-            self._before[key] -= int(count)
-        found = json.loads(held.pop(_FOUND).tobytes())
-        self._problem.learn(product_checks.stored(found))
-        self._record.attrs["kernels"] = found["kernels"]
+        if held is not None:
+            held = dict(held)
+            self.restore({key: held.pop(key) for key in _BOOKS})
         return held
 
     def save_state(self, block: range, state: Callable[[], State]) -> None:
         """Keep a state with its costs."""
-        self._journal.save_state(block, lambda: {**state(), **self._books()})
+        self._journal.save_state(block, lambda: {**state(), **self.read()})
 
-    def _books(self) -> State:
+    def staged(self, block: range) -> contextlib.AbstractContextManager[None]:
+        """Let what is computed meanwhile keep its stages, each with its costs, in the state of a block."""
+        keep = functools.partial(self._journal.save_state, block)
+        return stages.within(stages.Stages(self._journal.load_state(block) or {}, keep, self.books))
+
+    def read(self) -> State:
+        """Return what the work cost so far, and what was found out of products."""
         found = product_checks.summary(self._problem.product_checks)
         text = json.dumps({**found, "kernels": self._kernels()}).encode()
-        spent = self._spent()
-        return {
-            _SPENT: np.array([spent[key] for key in _COUNTED]),
-            _FOUND: np.frombuffer(text, np.uint8),
-        }
+        return {_SPENT: np.array(list(self._spent().values())), _FOUND: np.frombuffer(text, np.uint8)}
+
+    def restore(self, books: State) -> None:
+        """Take what `read` returned for what the work cost so far."""
+        for key, count in zip(_COUNTED, books[_SPENT], strict=True):
+            setattr(self._problem.cost, key, self._before[key] + int(count))
+        found = json.loads(books[_FOUND].tobytes())
+        self._problem.learn(product_checks.stored(found))
+        self._record.attrs["kernels"] = found["kernels"]
 
     def _spent(self) -> dict[str, int]:
         return {key: getattr(self._problem.cost, key) - self._before[key] for key in _COUNTED}
@@ -126,7 +133,8 @@ class Accounts(Journal):
         """Tell how products are made: known from the first one on, and stored with the first unit."""
         attrs, problem = self._record.attrs, self._problem
         attrs["kernels"] = self._kernels()
-        attrs["products"] = problem.products_in_use
+        if "products" not in attrs or problem.products_in_use != "not needed":
+            attrs["products"] = problem.products_in_use
         if attrs.get("check") and problem.products == "auto":
             attrs["check"].update(product_checks.summary(problem.product_checks))
 
@@ -138,11 +146,15 @@ class Accounts(Journal):
 class StageJournal(Journal):
     """The journal of an evaluation within another one: record and state are a stage of that.
 
+    Args:
+        stage: of the other one.
+        problem: that is evaluated; its count of passes takes over what the blocks that are done cost.
+
     Attributes:
         record: what the stage holds of it.
     """
 
-    def __init__(self, stage: stages.Stage):
+    def __init__(self, stage: stages.Stage, problem: Problem):
         self._stage, held = stage, stage.state or {}
         self._states: dict[int, State] = {}
         for name, array in held.items():
@@ -150,6 +162,9 @@ class StageJournal(Journal):
             if kind != _RECORD:
                 self._states.setdefault(int(kind), {})[rest] = array
         self.record = unpacked(held) if _ABOUT in held else Record()
+        for key in _COUNTED:  # of the blocks that are done
+            if key in self.record:
+                setattr(problem.cost, key, getattr(problem.cost, key) + int(self.record[key]))
 
     def commit(self, record: Record, *, final: bool = False) -> None:
         """Keep the record."""
