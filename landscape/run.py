@@ -217,6 +217,10 @@ class _Journal(Journal):
         if self.tell is not None:
             self.tell(Progress(self.metric.name, done, total, _so_far(self.metric, record)))
 
+    def step(self, record: Record, standing: Callable[[], str]) -> None:
+        if self.tell is not None and (words := standing()):
+            self.tell(Progress(self.metric.name, int(record["done"].sum()), record.attrs["stop"], words))
+
     def load_state(self, block: range) -> State | None:
         if self.path is None:
             return None

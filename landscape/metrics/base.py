@@ -91,6 +91,9 @@ class Journal:
     def progress(self, record: Record, done: int, total: int) -> None:
         """Take note of how far the current round is."""
 
+    def step(self, record: Record, standing: Callable[[], str]) -> None:
+        """Take note of a step of a sequential block; `standing` says in words where it is."""
+
     def load_state(self, block: range) -> State | None:
         """Return the saved state of a sequential block, if there is one."""
 
@@ -225,6 +228,10 @@ class SequentialMetric(Metric):
     def result(self, problem: Problem, shared: Record, block: range, state: Any) -> Values | None:
         """Return the block's values, or None while it has to go on."""
 
+    def standing(self, state: Any) -> str:  # noqa: ARG002  (a metric whose steps are short has nothing to say)
+        """Say in a few words how far a state is."""
+        return ""
+
     def stored(self, state: Any) -> State:
         """Turn a state into arrays."""
         return dict(state)
@@ -273,6 +280,7 @@ class SequentialMetric(Metric):
             state = _as_read_back(self.step(problem, shared, block, state))
             spent = np.array(list(vars(problem.cost).values())) - before
             journal.save_state(block, functools.partial(self._to_store, state, spent))
+            journal.step(shared, functools.partial(self.standing, state))
         return values
 
     def _to_store(self, state: Any, spent: np.ndarray) -> State:
