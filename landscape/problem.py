@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from landscape import arguments, averages, checks, product_checks, vectors
+from landscape import arguments, averages, checks, product_checks, shards, vectors
 from landscape import batches as batching
 from landscape.batches import Batches
 from landscape.errors import Refused
@@ -85,6 +86,15 @@ class Problem:
     Raises:
         ValueError, TypeError: for arguments that do not fit; the message says what is allowed.
     """
+
+    # Whether examples may be taken apart: not where other processes wait for passes over all of them.
+    apart: ClassVar[bool] = True
+
+    def __new__(cls, model: Any = None, *_: Any, **__: Any) -> Self:
+        if cls is Problem and shards.sharded(model):  # copies are made without a model
+            # By name: a kind of Problem stands above it.
+            cls = importlib.import_module("landscape.sharded").ShardedProblem
+        return object.__new__(cls)
 
     def __init__(
         self,

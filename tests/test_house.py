@@ -28,6 +28,7 @@ FLOORS = [
         "kernels",
         "losses",
         "scales",
+        "shards",
         "strict",
         "tensors",
     },
@@ -46,7 +47,7 @@ FLOORS = [
         "displaced",
     },
     {"problem"},
-    {"linear_maps", "uses"},
+    {"linear_maps", "sharded", "uses"},
     {
         "capture",
         "curvature_columns",
