@@ -57,9 +57,9 @@ class Ran:
 def inside(told: Path, command: list[str]) -> None:
     """Run the command line in this process, and note what writing states takes."""
     import torch
+    from landscape_cli import main
 
     from landscape import results
-    from landscape_cli import main
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     write, spent = results.write_state, []
@@ -105,7 +105,9 @@ def trace(command: list[str], folder: Path) -> None:
     ran = run(folder / "told.json", [*command, *TRACE, "--out", str(folder / "trace.h5"), "--overwrite"])
     found = landscape.open(folder / "trace.h5")
     error = float(found["trace_stderr"] / found["trace"])
-    print(f"trace        {float(found['trace']):.5g}, standard error {error:.1%} (goal 5 %), way {found.attrs['way']}")
+    print(
+        f"trace        {float(found['trace']):.5g}, standard error {error:.1%} (goal 5 %), way {found.attrs['way']}"
+    )
     print(f"             {ran} (goal 3 GiB)", flush=True)
 
 
@@ -123,7 +125,9 @@ def eigenvalue(command: list[str], folder: Path, *, reference: bool) -> None:
     found = landscape.open(path)
     value, residual = float(found["eigenvalues"][0]), float(found["residual_norm"][0])
     products = int(found["matvecs"])
-    print(f"             {value:.6g}, residual {residual / value:.1e} (goal 1e-2) after {products} products (goal 30)")
+    print(
+        f"             {value:.6g}, residual {residual / value:.1e} (goal 1e-2) after {products} products (goal 30)"
+    )
     if reference:
         other = path.with_name("uninterrupted.h5")
         print(f"without      {run(folder / 'told.json', [*command, '--out', str(other), '--overwrite'])}")

@@ -61,7 +61,7 @@ SIZES = {
 
 
 def text(size: Size) -> tuple[Tensor, Tensor]:
-    """Words and signs of the source of modules of the standard library by rank: inputs and targets, (learned, context)."""
+    """Inputs and targets (learned, context): words and signs of the source of some modules, numbered by frequency."""
     words = re.findall(r"\w+|[^\w\s]|\s+", "".join(inspect.getsource(module) for module in MODULES))
     ranks = {w: i for i, (w, _) in enumerate(collections.Counter(words).most_common(size.vocabulary - 1), 1)}
     numbers = torch.tensor([ranks.get(w, 0) for w in words[: size.learned * (size.context + 1)]])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from landscape import arguments, averages, checks, product_checks, shards, vectors
+from landscape import arguments, averages, checks, parameter_shards, product_checks, vectors
 from landscape import batches as batching
 from landscape.batches import Batches
 from landscape.errors import Refused
@@ -90,11 +90,11 @@ class Problem:
     # Whether examples may be taken apart: not where other processes wait for passes over all of them.
     apart: ClassVar[bool] = True
 
-    def __new__(cls, model: Any = None, *_: Any, **__: Any) -> Self:
-        if cls is Problem and shards.sharded(model):  # copies are made without a model
-            # By name: a kind of Problem stands above it.
-            cls = importlib.import_module("landscape.sharded").ShardedProblem
-        return object.__new__(cls)
+    def __new__(cls, model: Any = None, *_: Any, **__: Any) -> Self:  # noqa: D102  (copies are made without a model)
+        if cls is not Problem or not parameter_shards.sharded(model):
+            return object.__new__(cls)
+        kind = importlib.import_module("landscape.sharded_parameters")  # by name: it stands above
+        return object.__new__(kind.ShardedProblem)
 
     def __init__(
         self,

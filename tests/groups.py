@@ -13,9 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 import forks
+import torch.distributed as dist
 
 
 def run(function: Callable[[int], Any], ranks: int = 2, seconds: float = 60.0) -> list[Any]:
@@ -25,12 +24,15 @@ def run(function: Callable[[int], Any], ranks: int = 2, seconds: float = 60.0) -
         AssertionError: with the first process's trace, if one raises, dies or is not done in time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        children = [forks.start(lambda rank=rank: _one(function, rank, ranks, Path(folder))) for rank in range(ranks)]
+        children = [
+            forks.start(lambda rank=rank: _one(function, rank, ranks, Path(folder))) for rank in range(ranks)
+        ]
         codes = _waited(children, time.monotonic() + seconds)
         files = [Path(folder) / f"{rank}.pickle" for rank in range(ranks)]
-        found = [pickle.loads(f.read_bytes()) if f.exists() else ("error", "no answer") for f in files]  # noqa: S301
+        found = [pickle.loads(f.read_bytes()) if f.exists() else ("error", "no answer") for f in files]
     wrong = [text for kind, text in found if kind == "error" and text != "no answer"]
-    assert not wrong and codes == [0] * ranks, "\n".join([f"exit codes {codes}", *wrong])
+    told = "\n".join([f"exit codes {codes}", *wrong])
+    assert codes == [0] * ranks, told
     return [value for _, value in found]
 
 

@@ -28,7 +28,7 @@ FLOORS = [
         "kernels",
         "losses",
         "scales",
-        "shards",
+        "parameter_shards",
         "strict",
         "tensors",
     },
@@ -47,7 +47,7 @@ FLOORS = [
         "displaced",
     },
     {"problem"},
-    {"linear_maps", "sharded", "uses"},
+    {"linear_maps", "sharded_parameters", "uses"},
     {
         "capture",
         "curvature_columns",

@@ -10,7 +10,7 @@ all of them and does not depend on their number.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -164,7 +164,7 @@ class Shards:
 
     @contextlib.contextmanager
     def displaced(self, vector: Tensor | None = None) -> Iterator[None]:
-        """Let the model stand at θ + vector; afterwards its parameters and their gradients are bit for bit as before."""
+        """Let the model stand at θ + vector; afterwards parameters and gradients are bit for bit as before."""
         own = self.local()
         saved = [] if vector is None else [t.clone() for t in own]
         kept = [(p, p.grad) for p in self._every]
@@ -213,7 +213,9 @@ def _fsdp1(model: nn.Module) -> Any:
     for module in found:
         alone = dist.get_world_size(module.process_group) == 1
         if not module._use_orig_params:
-            raise Refused("FSDP without the original parameters hides their order; wrap with use_orig_params=True")
+            raise Refused(
+                "FSDP without the original parameters hides their order; wrap with use_orig_params=True"
+            )
         if module.sharding_strategy not in whole and not alone:
             raise Refused(
                 f"FSDP with {module.sharding_strategy.name} is not covered; allowed is FULL_SHARD or SHARD_GRAD_OP"
@@ -221,14 +223,18 @@ def _fsdp1(model: nn.Module) -> Any:
     return found[0] if found else None
 
 
-def _mesh_group(parameters: dict[str, Tensor], fsdp: bool) -> Any:
+def _mesh_group(parameters: Mapping[str, Tensor], fsdp: bool) -> Any:
     from torch.distributed.tensor import DTensor
 
     meshes = {p.device_mesh for p in parameters.values() if isinstance(p, DTensor)}
     # Without FSDP all processes see the same data, and the same gradient of what is not sharded.
     plain = [name for name, p in parameters.items() if fsdp and not isinstance(p, DTensor)]
     if plain or len(meshes) != 1 or next(iter(meshes)).ndim != 1:
-        what = f"{', '.join(plain[:3])} not sharded" if plain else f"{len(meshes)} meshes, or one of several dimensions"
+        what = (
+            f"{', '.join(plain[:3])} not sharded"
+            if plain
+            else f"{len(meshes)} meshes, or one of several dimensions"
+        )
         raise Refused(
             f"the measured parameters are to be DTensors on one mesh of one dimension; got {what}. Shard them all "
             "alike, or name those that are: parameters="

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, Self
 
 import torch
@@ -18,10 +18,10 @@ from landscape import batches as batching
 from landscape import seeds, vectors
 from landscape.checks import Need, Report
 from landscape.errors import Refused
+from landscape.parameter_shards import Shards
 from landscape.problem import Problem
 from landscape.product_checks import Matrix, ProductCheck
 from landscape.product_checks import summary as summed_up
-from landscape.shards import Shards
 
 # ‖h v‖ / (1 + ‖θ‖). In float64 plain differences, which err by 1e-9 and cross few kinks; in float32 those of
 # h and 2h, extrapolated (Richardson): 1e-5 to 3e-5 on MLPs and GPTs, where plain ones need a step found by trial.
@@ -71,14 +71,14 @@ class ShardedProblem(Problem):
     def gradient(self) -> Tensor:
         """∇L(θ), a vector (n,), whole on every process."""
         self.cost.gradients += 1
-        return self._slopes()[1]()
+        return self._gathered(self._slopes()[1])
 
     def value_and_gradient(self) -> tuple[Tensor, Tensor]:
         """L(θ), a 0-d float64 tensor, and ∇L(θ), a vector (n,)."""
         self.cost.values += 1
         self.cost.gradients += 1
-        value, slope = self._slopes()
-        return value, slope()
+        value, slopes = self._slopes()
+        return value, self._gathered(slopes)
 
     def hvp(self, V: Tensor) -> Tensor:
         """H V from differences of gradients, for one vector (n,) or a block (n, k); V is the same on all processes.
@@ -202,18 +202,23 @@ class ShardedProblem(Problem):
         length = float(torch.linalg.vector_norm(v, dtype=torch.float64))
         if length == 0:
             return torch.zeros_like(v)
-        theta = float(torch.linalg.vector_norm(self.parameters_vector(), dtype=torch.float64))
+        squares = math.fsum(float(t.double().square().sum()) for t in self._shards.local())
+        reach = stretch * (1 + math.sqrt(sum(self._shards.gathered(squares)))) / length
         if self.dtype == torch.float64:
-            return self._difference(v, stretch * _STEP * (1 + theta) / length)
-        h = stretch * _STEP_FLOAT32 * (1 + theta) / length
-        return (4 * self._difference(v, h) - self._difference(v, 2 * h)) / 3
+            return self._gathered(self._difference(v, _STEP * reach))
+        h = _STEP_FLOAT32 * reach
+        pairs = zip(self._difference(v, h), self._difference(v, 2 * h), strict=True)
+        return self._gathered([(4 * near - far) / 3 for near, far in pairs])
 
-    def _difference(self, v: Tensor, h: float) -> Tensor:
-        up, down = (self._slopes(v * step)[1]() for step in (h, -h))
-        return (up - down) / (2 * h)
+    def _difference(self, v: Tensor, h: float) -> list[Tensor]:
+        up, down = (self._slopes(v * step)[1] for step in (h, -h))
+        return [(a - b) / (2 * h) for a, b in zip(up, down, strict=True)]
 
-    def _slopes(self, displacement: Tensor | None = None) -> tuple[Tensor, Callable[[], Tensor]]:
-        """L(θ + displacement), and what gathers its gradient.
+    def _gathered(self, pieces: list[Tensor]) -> Tensor:
+        return self._shards.whole(pieces).to(self.dtype)
+
+    def _slopes(self, displacement: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """L(θ + displacement), and this process's pieces of its gradient, float64.
 
         Values too come from passes forward and backward: after a pass forward alone, FSDP may leave parameters
         unsharded, and the next pass would not see those that were moved.
@@ -230,8 +235,7 @@ class ShardedProblem(Problem):
                 shards.add_slopes(slopes)
                 total += float(_whole(loss)) * scale if scale else 0.0
         sums = shards.gathered(total)[: shards.averaged]
-        value = torch.tensor(sum(sums) / weights, dtype=torch.float64)
-        return value, lambda: shards.whole(slopes).to(self.dtype)
+        return torch.tensor(sum(sums) / weights, dtype=torch.float64), slopes
 
     def _passes(self, most: int) -> Iterator[tuple[Any, float]]:
         """This process's micro-batches with their weights, then the first again with weight 0, `most` in all."""
@@ -258,8 +262,8 @@ class ShardedProblem(Problem):
             if not min(counts):
                 empty = [str(rank) for rank, count in enumerate(counts) if not count]
                 raise Refused(
-                    f"rank {', '.join(empty)} has no batch with a positive weight; every process runs the model, since it "
-                    "holds a part of it. Give each at least one batch"
+                    f"rank {', '.join(empty)} has no batch with a positive weight; every process runs the model, "
+                    "since it holds a part of it. Give each at least one batch"
                 )
             self._dealt = int(max(counts)), sum(weights)
         return self._dealt
