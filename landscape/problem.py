@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,8 +92,9 @@ class Problem:
     def __new__(cls, model: Any = None, *_: Any, **__: Any) -> Self:  # noqa: D102  (copies are made without a model)
         if cls is not Problem or not parameter_shards.sharded(model):
             return object.__new__(cls)
-        kind = importlib.import_module("landscape.sharded_parameters")  # by name: it stands above
-        return object.__new__(kind.ShardedProblem)
+        above = importlib.import_module("landscape.sharded_parameters")  # by name: a Problem of another kind
+        kind: type[Self] = above.ShardedProblem
+        return object.__new__(kind)
 
     def __init__(
         self,
@@ -577,11 +577,11 @@ class Problem:
         try:
             return product(self, V)
         except RuntimeError as failure:
-            from landscape.kernels import layout_failed
+            from landscape.kernels import milder
 
-            if not (self.kernels.channels_last and layout_failed(failure)):
+            if (kernels := milder(self.kernels, failure)) is None:
                 raise
-            self._kernels[:] = [dataclasses.replace(self.kernels, channels_last=False)]
+            self._kernels[:] = [kernels]
             self._graphs[:] = [KeptGraphs() for _ in self._graphs]
             return product(self, V)
 

@@ -19,6 +19,7 @@ from landscape.checks import Need, Report
 from landscape.errors import Refused
 from landscape.memory import Plan
 from landscape.metrics.base import MEMORY, Journal, Metric, State, evaluate
+from landscape.plain_passes import precision
 from landscape.problem import Problem
 from landscape.results import Record
 
@@ -336,6 +337,7 @@ def _described(metric: Metric, problem: Problem, origin: dict[str, Any]) -> dict
         "examples": problem.examples(),
         **origin,
         "torch_version": str(torch.__version__),
+        "model_dtype": precision(problem.evaluator.model),
         "threads": torch.get_num_threads(),
         "world_size": 1,
         "headline": metric.headline,

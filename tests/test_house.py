@@ -29,6 +29,7 @@ FLOORS = [
         "losses",
         "scales",
         "parameter_shards",
+        "plain_passes",
         "strict",
         "tensors",
     },

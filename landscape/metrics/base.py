@@ -444,6 +444,7 @@ def _note_products(record: Record, problem: Problem) -> None:
     """Tell how products are made: known from the first one on, and stored with the first unit."""
     record.attrs["kernels"] = problem.kernels_in_use
     record.attrs["products"] = problem.products_in_use
+    record.attrs["autocast"] = problem.evaluator.autocast
     if record.attrs.get("check") and problem.products == "auto":
         record.attrs["check"].update(product_checks.summary(problem.product_checks))
 
