@@ -24,6 +24,7 @@ from landscape.errors import Refused
 from landscape.memory import Plan
 from landscape.metrics.base import MEMORY, Journal, Metric, State, evaluate
 from landscape.metrics.base_journal import PREPARATION
+from landscape.plain_passes import precision
 from landscape.problem import Problem
 from landscape.results import Record
 from landscape.shares import Share
@@ -280,6 +281,10 @@ class _Journal(Journal):
         if self.tell is not None and (self.share.main or self.share.world == 1):
             self.tell(Progress(self.metric.name, done, total, _so_far(self.metric, record)))
 
+    def step(self, record: Record, standing: Callable[[], str]) -> None:
+        if self.tell is not None and (self.share.main or self.share.world == 1) and (words := standing()):
+            self.tell(Progress(self.metric.name, int(record["done"].sum()), record.attrs["stop"], words))
+
     def load_state(self, block: range) -> State | None:
         if self.path is None:
             return None
@@ -353,6 +358,7 @@ def _described(metric: Metric, problem: Problem, origin: dict[str, Any]) -> dict
         "examples": problem.examples(),
         **origin,
         "torch_version": str(torch.__version__),
+        "model_dtype": precision(problem.evaluator.model),
         "threads": torch.get_num_threads(),
         "headline": metric.headline,
         "told": list(metric.told),

@@ -30,6 +30,8 @@ FLOORS = [
         "losses",
         "matmul",
         "scales",
+        "parameter_shards",
+        "plain_passes",
         "strict",
         "tensors",
     },
@@ -49,7 +51,7 @@ FLOORS = [
         "displaced",
     },
     {"problem"},
-    {"linear_maps", "uses"},
+    {"linear_maps", "sharded_parameters", "uses"},
     {
         "capture",
         "curvature_columns",

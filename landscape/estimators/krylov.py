@@ -10,9 +10,8 @@ vector can be taken up as a new chain at any time, since A V has no component al
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -222,6 +221,12 @@ class Krylov:
             self._ritz = Ritz(values * scale, S, self.G[np.ix_(self.pending, known)] @ S)
         return self._ritz
 
+    def words(self) -> str:
+        """The products spent and the outermost Ritz values with their residuals, in words."""
+        ritz = self.ritz()
+        ends = ", ".join(f"{ritz.values[i]:.4g} (residual {ritz.residuals[i]:.1e})" for i in (-1, 0))
+        return f"{self.matvecs} products: {ends}"
+
     def combine(self, S: Array, dtype: torch.dtype) -> Tensor:
         """Return the vectors V S as columns, shape (n, S.shape[1])."""
         known = torch.as_tensor(np.flatnonzero(self.expanded))
@@ -252,21 +257,29 @@ class Krylov:
     # --- storing ------------------------------------------------------------------------------------
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the state as arrays; only the vectors in use."""
+        """Return the state as arrays, each vector in use as one of its own; on a CPU they are views."""
         kept = {name: np.array(getattr(self, name)) for name in _STORED}
-        capacity = np.array(len(self.vectors))
-        return {"vectors": self.vectors[: self.rows].cpu().numpy().copy(), "capacity": capacity, **kept}
+        rows = {_row(i): self.vectors[i].cpu().numpy() for i in range(self.rows)}
+        return {"capacity": np.array(len(self.vectors)), **kept, **rows}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, Any], device: torch.device | str = "cpu") -> Krylov:
-        """Return the state that `arrays` stored, in memory of its own."""
-        used = torch.from_numpy(np.array(arrays["vectors"], order="C"))
-        state = cls.empty(used.shape[1], int(arrays["capacity"]), used.dtype, torch.device(device))
-        state.vectors[: len(used)] = used
+    def from_arrays(cls, arrays: dict[str, np.ndarray], device: torch.device | str = "cpu") -> Krylov:
+        """Return the state that `arrays` stored, in memory of its own.
+
+        The vectors are taken out of `arrays` one by one, so that they are not held twice.
+        """
+        n, dtype = len(arrays[_row(0)]), torch.from_numpy(arrays[_row(0)][:1].copy()).dtype
+        state = cls.empty(n, int(arrays["capacity"]), dtype, torch.device(device))
         for name in _STORED:
             value = np.array(arrays[name], order="C")
             setattr(state, name, value if value.ndim else value.item())
+        for i in range(state.rows):
+            state.vectors[i] = torch.from_numpy(arrays.pop(_row(i)))
         return state
+
+
+def _row(index: int) -> str:
+    return f"vector_{index}"
 
 
 def _lengths(X: Tensor) -> list[float]:

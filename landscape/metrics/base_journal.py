@@ -56,6 +56,9 @@ class Journal:
     def progress(self, record: Record, done: int, total: int) -> None:
         """Take note of how far the current round is."""
 
+    def step(self, record: Record, standing: Callable[[], str]) -> None:
+        """Take note of a step of a sequential block; `standing` says in words where it is."""
+
     def load_state(self, block: range) -> State | None:
         """Return the saved state of a block, or of `PREPARATION`, if there is one."""
 
@@ -90,6 +93,10 @@ class Accounts(Journal):
         for key, words in _COUNTED.items():
             self._add(key, self._spent()[key], "1", words)
         self._add("wall_seconds", time.perf_counter() - self._began, "s", "time spent measuring")
+
+    def step(self, record: Record, standing: Callable[[], str]) -> None:
+        """Pass it on."""
+        self._journal.step(record, standing)
 
     def load_state(self, block: range) -> State | None:
         """Return a saved state, and take over its costs."""
@@ -135,6 +142,7 @@ class Accounts(Journal):
         attrs["kernels"] = self._kernels()
         if "products" not in attrs or problem.products_in_use != "not needed":
             attrs["products"] = problem.products_in_use
+        attrs["autocast"] = problem.evaluator.autocast
         if attrs.get("check") and problem.products == "auto":
             attrs["check"].update(product_checks.summary(problem.product_checks))
 
