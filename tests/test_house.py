@@ -17,8 +17,9 @@ PACKAGE = ROOT / "landscape"
 
 # Floor of each module; a package's base lies below its siblings. A file imports only from lower floors.
 FLOORS = [
-    {"_version", "errors"},
-    {"atomic", "provenance", "record", "refinement", "seeds", "vectors"},
+    {"_version", "errors", "limits"},
+    {"atomic", "opening", "provenance", "record", "refinement", "seeds", "vectors"},
+    {"parcel", "tensor_file"},
     {
         "grids",
         "batches",
@@ -27,11 +28,12 @@ FLOORS = [
         "guard",
         "kernels",
         "losses",
+        "reading",
         "scales",
         "strict",
         "tensors",
     },
-    {"netcdf"},
+    {"netcdf", "reading_server"},
     {"results"},
     {
         "arguments",
@@ -152,6 +154,7 @@ ORDER = {
     "training.layers": 0, "training.spectral": 0, "training.low_curvature": 1, "training": 2,
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}
+TORCH_FREE |= {"limits", "opening", "parcel", "reading", "reading_server", "tensor_file"}
 TORCH_FREE |= {"training.coreset"}
 
 
