@@ -103,32 +103,31 @@ def opened(path: Path | str, most: int) -> Iterator[TensorFile]:
             raise Damaged(
                 f"its header claims {length} bytes; allowed are {HEADER_LIMIT} and the size of the file"
             )
-        header = _header(TensorFile(file, {}, {"header": Entry("U8", (length,), 8, length)}).read("header"))
+        text = TensorFile(file, {}, {"header": Entry("U8", (length,), 8, length)}).read("header")
+        _require_few(text.count(b'"dtype"'), most)  # before objects are made of them
+        header = _header(text)
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise Damaged("its metadata are not texts")
-        if len(header) > most:
-            raise Damaged(f"it holds {len(header)} arrays, more than the allowed {most}")
+        _require_few(len(header), most)
         entries = {name: _entry(name, stated, 8 + length) for name, stated in header.items()}
         _require_seamless(entries, 8 + length, size)
         yield TensorFile(file, metadata, entries)
 
 
+def _require_few(count: int, most: int) -> None:
+    if count > most:
+        raise Damaged(f"it holds {count} arrays, more than the allowed {most}")
+
+
 def _header(text: bytearray) -> dict[str, Any]:
     try:
-        header = json.loads(text, object_pairs_hook=_without_repeats)
+        header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"its header is not JSON ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(header, dict):
         raise Damaged("its header is no table")
     return header
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise Damaged("its header has a name twice")
-    return found
 
 
 def _entry(name: str, stated: Any, base: int) -> Entry:

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "landscape"
 FLOORS = [
     {"_version", "errors", "limits"},
     {"atomic", "opening", "provenance", "record", "refinement", "seeds", "vectors"},
-    {"parcel", "tensor_file"},
+    {"checkpoint_files", "parcel", "tensor_file"},
     {
         "grids",
         "batches",
@@ -154,7 +154,7 @@ ORDER = {
     "training.layers": 0, "training.spectral": 0, "training.low_curvature": 1, "training": 2,
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}
-TORCH_FREE |= {"limits", "opening", "parcel", "reading", "reading_server", "tensor_file"}
+TORCH_FREE |= {"limits", "opening", "parcel", "reading", "reading_server", "tensor_file", "checkpoint_files"}
 TORCH_FREE |= {"training.coreset"}
 
 
