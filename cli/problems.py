@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import checkpoint, load
+from . import load
 from .values import nearest
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Request:
             self._exclude([*_OF_A_MODEL, "problem_arg"], "it needs --model")
         else:
             self._check_model_flags()
-        self.checkpoints = checkpoint.expand(options["checkpoint"])
+        self.checkpoints = _checkpoints(options["checkpoint"])
         patterns = options["checkpoint"]
         # a pattern means "one run each" also while it matches only one file
         self.several = len(patterns) > 1 or any(Path(p).is_file() is False for p in patterns)
@@ -102,6 +102,8 @@ class Request:
             yield from self._models(say)
 
     def _models(self, say: Callable[[str], None]) -> Iterator[Target]:
+        from landscape import checkpoints
+
         spec = self.options["model"]
         keywords = self._keywords()
         model = self._model(spec)
@@ -110,7 +112,7 @@ class Request:
             say(f"no --checkpoint: measuring the weights that {spec} comes with")
             yield Target(self._problem(model, data, keywords), self.name, None)
         for path in self.checkpoints:
-            checkpoint.load_into(model, path, say, trust=self.options["trust_checkpoint"])
+            checkpoints.load_into(model, path, say, trust=self.options["trust_checkpoint"])
             yield Target(self._problem(model, data, keywords), self.name, path)
 
     def _own_problem(self) -> Problem:
@@ -207,6 +209,16 @@ class Request:
         for name in names:
             if self.options[name]:
                 raise click.UsageError(f"--{name.replace('_', '-')} does not go here: {why}")
+
+
+def _checkpoints(patterns: Iterable[str]) -> list[Path]:
+    from landscape.checkpoint_files import expand
+    from landscape.errors import Refused
+
+    try:
+        return expand(patterns)
+    except Refused as error:
+        raise click.UsageError(f"--checkpoint {error}") from error
 
 
 def check_dtype(_: click.Context, __: click.Parameter, text: str | None) -> str | None:

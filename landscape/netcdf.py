@@ -15,8 +15,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from landscape import scales, strict
+from landscape import limits, scales
 from landscape.atomic import ResultsError
+from landscape.parcel import Unpacked
 from landscape.record import FORMAT_ATTRIBUTES, NAME, Record, Variable
 from landscape.scales import Array
 
@@ -53,19 +54,19 @@ def encode(record: Record, hashes: Mapping[str, str]) -> bytes:
         scales.write(memory, arrays, _attributes(record, hashes))
         memory.flush()
         image: bytes = memory.id.get_file_image()
-    if len(image) > strict.FILE_LIMIT:
+    if len(image) > limits.FILE_LIMIT:
         raise ValueError(
-            f"the file would have {len(image)} bytes, more than the allowed {strict.FILE_LIMIT}; "
+            f"the file would have {len(image)} bytes, more than the allowed {limits.FILE_LIMIT}; "
             "mark arrays of parameter length with sidecar=True"
         )
     return image
 
 
-def decode(contents: strict.Contents, where: str) -> tuple[Record, dict[str, dict[str, Any]]]:
+def decode(contents: Unpacked, where: str) -> tuple[Record, dict[str, dict[str, Any]]]:
     """Return the record in a file, and the table of what lies in its sidecar.
 
     Args:
-        contents: what the strict reader found.
+        contents: what the strict reader found: attributes of the file, and its arrays with theirs.
         where: the name of the file, for messages.
 
     Returns:
@@ -74,17 +75,18 @@ def decode(contents: strict.Contents, where: str) -> tuple[Record, dict[str, dic
     Raises:
         ResultsError: if the file is not ours, newer than we are, or damaged.
     """
-    _check_version(contents.attrs.get("schema_version"), where)
-    coded = _json(contents.attrs, "json_attributes", where)
+    attributes, arrays = contents
+    _check_version(attributes.get("schema_version"), where)
+    coded = _json(attributes, "json_attributes", where)
     if not isinstance(coded, list):
         raise ResultsError(f"{where}: json_attributes is not a list; {_FROM_COPY}")
     attrs = {
-        name: _json(contents.attrs, name, where) if name in coded else value
-        for name, value in contents.attrs.items()
+        name: _json(attributes, name, where) if name in coded else value
+        for name, value in attributes.items()
         if name not in FORMAT_ATTRIBUTES
     }
-    variables = {name: _read_variable(f"{where}: {name}", *pair) for name, pair in contents.variables.items()}
-    return Record(variables, attrs), _sidecar_table(_json(contents.attrs, "sidecar", where), where)
+    variables = {name: _read_variable(f"{where}: {name}", *pair) for name, pair in arrays.items()}
+    return Record(variables, attrs), _sidecar_table(_json(attributes, "sidecar", where), where)
 
 
 def _check_version(version: Any, where: str) -> None:
@@ -104,9 +106,9 @@ def _check_size(record: Record, inside: Mapping[str, Variable]) -> None:
     names = set(inside) | {dim for v in inside.values() for dim in v.dims}
     # Each array of texts may add a dimension for its longest text.
     count = len(names) + sum(v.data.dtype.kind in "UO" for v in inside.values())
-    if count > strict.COUNT_LIMIT:
-        raise ValueError(f"{count} variables and dimensions; at most {strict.COUNT_LIMIT} fit in one file")
-    limit = strict.COUNT_LIMIT - len(FORMAT_ATTRIBUTES) - 1  # one for netCDF's own
+    if count > limits.COUNT_LIMIT:
+        raise ValueError(f"{count} variables and dimensions; at most {limits.COUNT_LIMIT} fit in one file")
+    limit = limits.COUNT_LIMIT - len(FORMAT_ATTRIBUTES) - 1  # one for netCDF's own
     if len(record.attrs) > limit:
         raise ValueError(
             f"{len(record.attrs)} attributes; at most {limit} are allowed, so put some into a dict"
@@ -128,9 +130,9 @@ def _attributes(record: Record, hashes: Mapping[str, str]) -> dict[str, np.ndarr
     values["schema_version"] = np.asarray([SCHEMA_VERSION], np.int64)
     size = sum(value.nbytes for value in values.values())
     largest = max(values, key=lambda name: values[name].nbytes)
-    if size > strict.ATTRIBUTE_LIMIT:
+    if size > limits.ATTRIBUTE_LIMIT:
         raise ValueError(
-            f"the attributes have {size} bytes, more than the allowed {strict.ATTRIBUTE_LIMIT}; "
+            f"the attributes have {size} bytes, more than the allowed {limits.ATTRIBUTE_LIMIT}; "
             f"make {largest} a variable"
         )
     return values

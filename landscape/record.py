@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from landscape.limits import RANK_LIMIT
+
 if TYPE_CHECKING:
     import xarray
 
@@ -19,7 +21,6 @@ FORMAT_ATTRIBUTES = {"schema_version", "json_attributes", "sidecar"}
 _STRING_DIM = re.compile(r"string[0-9]+")  # the axis of characters in xarray's convention
 # xarray turns these units into times on opening; "s" stays a number.
 _TIME_UNITS = re.compile(r"days|hours|minutes|seconds|(milli|micro|nano)seconds|.*\bsince\b.*")
-_RANK_LIMIT = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +124,8 @@ def _check_variable(name: str, variable: Variable) -> None:
             )
     if len(set(variable.dims)) != len(variable.dims):
         raise ValueError(f"{name} has a dimension twice: {variable.dims}; name each axis differently")
-    if len(variable.dims) > _RANK_LIMIT:
-        raise ValueError(f"{name} has {len(variable.dims)} dimensions; at most {_RANK_LIMIT} are allowed")
+    if len(variable.dims) > RANK_LIMIT:
+        raise ValueError(f"{name} has {len(variable.dims)} dimensions; at most {RANK_LIMIT} are allowed")
     if _TIME_UNITS.fullmatch(variable.units):
         raise ValueError(
             f"{name} has units {variable.units!r}, which xarray turns into times; write 's' instead"

@@ -8,11 +8,10 @@ file, `open` gives it as an `xarray.Dataset`. Arrays of parameter length lie bes
 from __future__ import annotations
 
 import contextlib
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from landscape import atomic, netcdf, strict, tensors
+from landscape import atomic, netcdf, reading, tensors
 from landscape.atomic import ResultsError, clean_leftovers, require_writable
 from landscape.provenance import provenance
 from landscape.record import Record, Variable, check
@@ -76,7 +75,7 @@ def read(path: Path | str) -> Record:
         ResultsError: if it is missing, damaged, foreign, or of a newer version; nothing in it is followed.
     """
     path = Path(path)
-    record, table = netcdf.decode(strict.parse(_bytes_of(path), str(path)), str(path))
+    record, table = netcdf.decode(reading.read(path), str(path))
     beside = tensors.sidecar_path(path)
     arrays = tensors.read_sidecar(beside, {name: entry["blake2b"] for name, entry in table.items()})
     for name, entry in table.items():
@@ -117,20 +116,3 @@ def open(path: Path | str) -> xarray.Dataset | dict[str, xarray.Dataset]:  # noq
     if path.is_dir():
         return {name: record.to_xarray() for name, record in read_run(path).items()}
     return read(path).to_xarray()
-
-
-def _bytes_of(path: Path) -> bytes:
-    try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise ResultsError(f"{path} is a directory; name a file in it, or open the directory as a run")
-        if not stat.S_ISREG(status.st_mode):
-            raise ResultsError(f"{path} is not a regular file; name a file that landscape wrote")
-        if status.st_size > strict.FILE_LIMIT:
-            raise ResultsError(
-                f"{path} has {status.st_size} bytes, more than the allowed {strict.FILE_LIMIT}; "
-                "this is not a file that landscape wrote"
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise atomic.explain("read", path, error) from error

@@ -8,17 +8,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
-from landscape import atomic
+from landscape import atomic, tensor_file
 from landscape.atomic import ResultsError
+from landscape.limits import COUNT_LIMIT
+from landscape.tensor_file import TensorFile
 
 _TYPES = {
     "bool": "BOOL",
@@ -34,7 +34,7 @@ _TYPES = {
     "float32": "F32",
     "float64": "F64",
 }
-_HEADER_LIMIT = 10_000_000  # bytes; a header full of empty tensors otherwise costs seconds and a gigabyte
+_NAMES = {code: name for name, code in _TYPES.items()}
 _SIDECAR = "sidecar 1"
 _STATE = "state 1"
 _AGAIN = "bring it back from where it was made, or delete both files and measure again"
@@ -116,7 +116,7 @@ def read_sidecar(path: Path, hashes: Mapping[str, str]) -> dict[str, np.ndarray]
                     raise ResultsError(
                         f"{path} holds another {name} than the result beside it states; {_AGAIN}"
                     )
-                arrays[name] = np.asarray(file.get_tensor(key))
+                arrays[name] = array_of(file, key)
                 if digest(arrays[name]) != expected:
                     raise ResultsError(f"{path} is damaged: {name} differs from its hash; {_AGAIN}")
     except FileNotFoundError as error:
@@ -157,30 +157,15 @@ def read_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | Non
     """Return the arrays and metadata that `write_state` wrote; None if the file is absent or damaged."""
     try:
         with _opened(Path(path)) as file:
-            labels = file.metadata() or {}
+            labels = file.metadata
             if labels.get("landscape") != _STATE:
                 return None
-        arrays = _arrays(Path(path))
+            arrays = {name: array_of(file, name) for name in file.entries}
         if _state_hash(arrays, labels["metadata"]) != labels["blake2b"]:
             return None
         return arrays, json.loads(labels["metadata"])
     except Exception:  # noqa: BLE001 (whatever is wrong with it: the unit starts again)
         return None
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read the arrays of a file whose header was found sound, each once; the library holds them twice meanwhile."""
-    arrays, names = {}, {code: name for name, code in _TYPES.items()}
-    with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0]
-        header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                file.seek(8 + length + entry["data_offsets"][0])
-                dtype = np.dtype(names[entry["dtype"]]).newbyteorder("<")
-                count = math.prod(entry["shape"])
-                arrays[name] = np.fromfile(file, dtype, count).reshape(entry["shape"])
-    return arrays
 
 
 def _state_hash(arrays: Mapping[str, np.ndarray], note: str) -> str:
@@ -208,13 +193,13 @@ def _stated(path: Path) -> dict[str, str]:
         return {}
 
 
-def _labels(file: Any, path: Path) -> dict[str, str]:
-    labels = file.metadata() or {}
+def _labels(file: TensorFile, path: Path) -> dict[str, str]:
+    labels = file.metadata
     if labels.get("landscape") != _SIDECAR:
         raise ResultsError(
             f"{path} was not written by landscape; move it away, or give the result another name"
         )
-    return {key: labels[key] for key in file.keys() if key in labels}  # noqa: SIM118 (not a mapping)
+    return {key: labels[key] for key in file.entries if key in labels}
 
 
 def _rewrite(
@@ -228,11 +213,10 @@ def _rewrite(
         return
     with _opened(path) as old:
         for name, (key, _) in kept.items():
-            part = old.get_slice(key)
-            layout[name] = (part.get_dtype(), tuple(part.get_shape()))
+            layout[name] = (old.entries[key].code, old.entries[key].shape)
 
         def get(name: str) -> np.ndarray:
-            return fresh[name][0] if name in fresh else np.asarray(old.get_tensor(kept[name][0]))
+            return fresh[name][0] if name in fresh else array_of(old, kept[name][0])
 
         atomic.replace(path, _pieces(layout, labels, get))
 
@@ -250,6 +234,8 @@ def _pieces(
     header: dict[str, Any] = {"__metadata__": dict(labels)}
     end = 0
     # Wide types first: every array then starts at a multiple of its item's size.
+    if len(layout) > COUNT_LIMIT:
+        raise ValueError(f"{len(layout)} arrays; at most {COUNT_LIMIT} fit in one file")
     names = sorted(layout, key=lambda name: (-sizes[layout[name][0]], name))
     for name in names:
         code, shape = layout[name]
@@ -257,7 +243,7 @@ def _pieces(
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > _HEADER_LIMIT:
+    if len(text) > tensor_file.HEADER_LIMIT:
         raise TypeError(
             f"{len(layout)} arrays and their metadata need a header of {len(text)} bytes; store fewer"
         )
@@ -282,11 +268,18 @@ def _bytes(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0]
-    if length > _HEADER_LIMIT:
-        raise ValueError(f"its header claims {length} bytes, more than the allowed {_HEADER_LIMIT}")
-    with safe_open(path, framework="numpy") as tensors:
-        yield tensors
+def array_of(file: TensorFile, name: str) -> np.ndarray:
+    """Return an array of an open file.
+
+    Raises:
+        ValueError: if it has a type that NumPy does not know, or the file ends before it.
+    """
+    entry = file.entries[name]
+    if entry.code not in _NAMES:
+        raise ValueError(f"{name} has type {entry.code}")
+    dtype = np.dtype(_NAMES[entry.code]).newbyteorder("<")
+    return np.frombuffer(file.read(name), dtype).reshape(entry.shape)
+
+
+def _opened(path: Path) -> contextlib.AbstractContextManager[TensorFile]:
+    return tensor_file.opened(path, COUNT_LIMIT)

@@ -308,7 +308,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="holds no directions"):
         directions.load(path, problem)
     (tmp_path / "code.pt").write_bytes(b"\x80\x04cos\nsystem\n.")
-    with pytest.raises(Refused, match="without running code"):
+    with pytest.raises(Refused, match="is no checkpoint"):
         directions.difference(problem, tmp_path / "code.pt")
 
 

@@ -17,8 +17,9 @@ PACKAGE = ROOT / "landscape"
 
 # Floor of each module; a package's base lies below its siblings. A file imports only from lower floors.
 FLOORS = [
-    {"_version", "errors"},
-    {"atomic", "provenance", "record", "refinement", "seeds", "stages", "vectors"},
+    {"_version", "errors", "limits"},
+    {"atomic", "opening", "provenance", "record", "refinement", "seeds", "stages", "vectors"},
+    {"checkpoint_files", "parcel", "tensor_file"},
     {
         "grids",
         "batches",
@@ -29,13 +30,14 @@ FLOORS = [
         "lock",
         "losses",
         "matmul",
+        "reading",
         "scales",
         "parameter_shards",
         "plain_passes",
         "strict",
         "tensors",
     },
-    {"netcdf"},
+    {"netcdf", "reading_server"},
     {"results", "ranks", "rounds"},
     {"parts", "sharded"},
     {
@@ -163,6 +165,7 @@ ORDER = {
     "training.layers": 0, "training.spectral": 0, "training.low_curvature": 1, "training": 2,
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}
+TORCH_FREE |= {"limits", "opening", "parcel", "reading", "reading_server", "tensor_file", "checkpoint_files"}
 TORCH_FREE |= {"training.coreset"}
 
 

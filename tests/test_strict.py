@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 
-import forks
 import h5py
 import numpy as np
 import pytest
 from records import sample
 
-from landscape import strict
+from landscape import reading
 from landscape.results import Record, ResultsError, read, write
 
 REGISTER: list[tuple[str, str, Callable[[h5py.File, Path], None]]] = []
@@ -292,27 +290,13 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.M
         path.write_bytes(contents)
         with pytest.raises(ResultsError, match="not a readable HDF5 file"):
             read(path)
-    monkeypatch.setattr(strict, "FILE_LIMIT", 1000)
+    monkeypatch.setattr(reading, "FILE_LIMIT", 1000)
     with pytest.raises(ResultsError, match="5000 bytes, more than the allowed 1000"):
         read(path)
 
 
-# --- damaged files: each read in a child of its own, since a hang in C cannot be interrupted ----------
-
-
-def outcome(path: Path) -> int | str:
-    def child() -> int:
-        try:
-            read(path)
-        except ResultsError:
-            return 1
-        return 0
-
-    return forks.run(child, seconds=10.0)
-
-
 def bases(tmp_path: Path) -> list[bytes]:
-    """Files to damage: two of ours, one in the oldest layout, one in the newest with much of what is refused."""
+    """Files to cut: two of ours, one in the oldest layout, one in the newest with much of what is refused."""
     whole = sample()
     del whole.attrs["long"]
     del whole.variables["direction_x"], whole.variables["mask"]
@@ -336,34 +320,5 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
         path = tmp_path / "cut.h5"
         for length in np.linspace(0, len(whole) - 1, 25).astype(int):
             path.write_bytes(whole[:length])
-            assert outcome(path) == 1, length
-
-
-def fuzz(tmp_path: Path, cases: int, seed: int) -> dict[int | str, int]:
-    """Count the outcomes of `cases` files with 1 to 16 bytes changed, or a run of bytes moved."""
-    random, counts = Random(seed), {0: 0, 1: 0}
-    originals = bases(tmp_path)
-    path = tmp_path / "damaged.h5"
-    for case in range(cases):
-        damaged = bytearray(originals[case % len(originals)])
-        for _ in range(random.choice([1, 1, 2, 4, 16])):
-            place = random.randrange(len(damaged))
-            damaged[place] = random.choice([0, 1, 255, damaged[place] ^ 1 << random.randrange(8)])
-        if random.random() < 0.2:
-            source, target = random.randrange(len(damaged) - 64), random.randrange(len(damaged) - 64)
-            damaged[target : target + 64] = damaged[source : source + 64]
-        path.write_bytes(damaged)
-        result = outcome(path)
-        counts[result] = counts.get(result, 0) + 1
-    return counts
-
-
-def test_damaged_bytes_never_crash_or_hang(tmp_path: Path) -> None:
-    counts = fuzz(tmp_path, 300, seed=0)
-    assert set(counts) == {0, 1}, counts
-    assert min(counts.values()) > 30, counts
-
-
-@pytest.mark.slow
-def test_damaged_bytes_never_crash_or_hang_in_many_cases(tmp_path: Path) -> None:
-    assert set(fuzz(tmp_path, 5000, seed=1)) == {0, 1}
+            with pytest.raises(ResultsError):
+                read(path)

@@ -487,7 +487,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "measure", "--metric", "surface", "--directions", "pca", "--trajectory", "a.pt,b.pt", "--out", "x"
     )
     assert missing.exit_code == 3
-    assert "a.pt is no checkpoint: there is no such file" in missing.output
+    assert "a.pt: no such file" in missing.output
 
 
 def test_streams_of_a_block_are_those_of_its_units_and_go_on() -> None:

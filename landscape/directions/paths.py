@@ -110,12 +110,12 @@ def point(problem: Problem, given: Point) -> Tensor:
     if isinstance(given, Tensor):
         problem.space.split(given)
         return given.detach().to(problem.device, problem.dtype)
-    origin = str(given) if isinstance(given, Path | str) else "the given point"
-    if isinstance(given, Path | str):
-        given = files.read(given)
-    state = given.state_dict(keep_vars=True) if isinstance(given, nn.Module) else given
     wanted = dict(zip(problem.names, problem.space.shapes, strict=True))
-    found = files.parameters(state, wanted, origin)
+    if isinstance(given, Path | str):
+        found = files.read(given, wanted)
+    else:
+        state = given.state_dict(keep_vars=True) if isinstance(given, nn.Module) else given
+        found = files.matching(state, wanted, "the given point")
     return problem.space.flatten(t.detach().to(problem.device, problem.dtype) for t in found)
 
 

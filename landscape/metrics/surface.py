@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from landscape import checkpoints, grids, norms, operators, passes, planes, refinement
+from landscape import checkpoint_files, grids, norms, operators, passes, planes, refinement
 from landscape import directions as made
 from landscape.checks import Need
 from landscape.directions import Directions, Trajectory
@@ -142,7 +142,7 @@ class Surface(Metric):
 
     def prepare(self, problem: Problem, seed: int) -> Record:
         """Make the directions, choose how passes are made, and measure at θ itself."""
-        files, count = checkpoints.expand(self.trajectory), len(self.shape)
+        files, count = checkpoint_files.expand(self.trajectory), len(self.shape)
         plane, path = planes.make(problem, self.directions, count, seed=seed, file=self.file, files=files)
         if self.orthogonal and count > 1:
             plane = plane.orthogonalized()
