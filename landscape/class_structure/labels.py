@@ -184,7 +184,9 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 class ByClass:
-    """The data, class after class, in batches of one class; it can be read again and again.
+    """The measured examples; they can be read again and again.
+
+    As a whole they come in batches of one class, whose weights differ, or mixed where all classes have as many.
 
     Args:
         problem: whose data.
@@ -196,12 +198,18 @@ class ByClass:
         self.size = max(batching.examples(batch) for batch in problem.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        for c in range(self.layout.classes):
-            yield from self.of(c)
+        members = self.layout.members
+        alike = len(set(self.layout.counts)) == 1
+        for rows in [np.sort(np.concatenate(members))] if alike else members:
+            yield from self._batches(rows)
 
     def of(self, c: int) -> Iterator[Any]:
-        """The batches of one class, joined across those of the data as far as their shapes allow."""
-        rows, begin, held = torch.from_numpy(self.layout.members[c]), 0, []
+        """The batches of one class."""
+        return self._batches(self.layout.members[c])
+
+    def _batches(self, indices: np.ndarray) -> Iterator[Any]:
+        """Some examples, ascending, joined across the batches of the data as far as their shapes allow."""
+        rows, begin, held = torch.from_numpy(indices), 0, []
         for batch in self.batches:
             end = begin + batching.examples(batch)
             chosen = rows[(rows >= begin) & (rows < end)] - begin

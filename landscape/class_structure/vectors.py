@@ -21,8 +21,9 @@ from landscape import averages, products, vectors
 from landscape import batches as batching
 from landscape.class_structure.grams import Weights
 from landscape.class_structure.labels import ByClass
+from landscape.ggn_passes import Passes
+from landscape.gradient_readings import ExampleNorms
 from landscape.kernels import active
-from landscape.per_example import PerExample
 from landscape.problem import Problem
 
 
@@ -94,22 +95,19 @@ class Source:
             self._charge(2 * batching.examples(piece) * len(V))
 
     def squares(self, c: int, memory: int) -> Tensor:
-        """tr Jᵢᵀ(diag p - p pᵀ)Jᵢ of each example of a class, float64 (n_c,).
+        """tr Jᵢᵀ(diag p - p pᵀ)Jᵢ / n_c of each example of a class, float64 (n_c,).
 
         Args:
             c: index of the class.
-            memory: bytes for explicit per-example gradients.
+            memory: bytes for output gradients, and for explicit per-example gradients.
         """
-        found = []
-        ways = PerExample(self.problem, memory)
-        every = range(len(self.problem.names))
+        passes, found = _Together(self.problem, memory, ExampleNorms()), []
         for piece in self._pieces(c):
-            with torch.no_grad(), self.problem.filled(self.problem.leaves()):
-                p, _ = self._at(c, self.problem.evaluator.outputs(piece))
-            tails = p.sqrt()[:, :, None] * (torch.eye(p.shape[1]).to(p) - p[:, None])
-            alone = [batching.cut(piece, i, i + 1) for i in range(len(p))]
-            found.append(ways.squares(alone, every, [0], tails).double().sum(dim=(0, 2)))
-            self._charge(p.numel())
+            blocks = passes.over([piece])[0][0]
+            norms = [block for block in blocks if isinstance(block, Tensor)]
+            count = batching.examples(piece)
+            found.append(sum(norms, torch.zeros(count, dtype=torch.float64, device=self.problem.device)))
+            self._charge(count * passes.columns)
         return torch.cat(found)
 
     def spend(self) -> None:
@@ -138,6 +136,13 @@ class Source:
             found = problem.product_checks.get("ggn") or problem.check_products("ggn")
             return found.products == "difference"
         return problem.products == "difference"
+
+
+class _Together(Passes):
+    """Passes whose pieces stay whole, so that what is read off each example stands in its place."""
+
+    def _cut(self, batch: Any) -> Iterator[Any]:
+        yield batch
 
 
 def mean_probabilities(problem: Problem, data: ByClass) -> np.ndarray:

@@ -27,7 +27,7 @@ from landscape.operators import Operator
 from landscape.problem import Problem
 from landscape.results import Record, Variable
 
-_SPECTRA = ("hessian", "G", "hessian-G", "G-G1", "G/G1", "G-G012", "hessian-G1", "hessian/G1")
+_SPECTRA = ("hessian", "G", "hessian-G", "hessian-G1", "hessian/G1", "G-G012")
 _MOST_VECTORS = 2500  # mean vectors whose inner products are all stored: 50 MB
 _SKETCH = 2048  # numbers that more of them are sketched to; inner products err by √(2/2048) = 3 % of the lengths
 _MORE = 10  # eigenvalues beyond one for each class
@@ -67,7 +67,7 @@ class ClassStructure(SequentialMetric):
     spectra: tuple[str, ...] = setting(
         _SPECTRA, "densities: hessian, G, hessian-G, and with B = G0, G1, G2, G012 A-B (subtracted), A/B (projected)"
     )
-    probes: int = setting(4, "random start vectors of each density")
+    probes: int = setting(2, "random start vectors of each density")
     steps: int = setting(64, "products of a chain of a density")
     sketch: int | None = setting(
         None, "numbers that a mean vector is sketched to, 0: none; none: 2048 beyond 2500 mean vectors"
