@@ -1,5 +1,4 @@
-"""What is read off per-example gradients beside their norms: sums of their squares, norms example by example or of
-their images.
+"""What is read off per-example gradients: sums of their squares, norms of each example, norms of their images.
 
 A reading is given the gradients of a micro-batch's examples for K cotangents each, with signs, and returns what
 adds up: Σ_ik σ_ik r(∇_ik). From the columns of the loss's curvature (`landscape.ggn_passes`) follow with it the
@@ -73,8 +72,13 @@ class ExampleNorms(Reading):
         return (left.square().sum(2).double() * right.square().sum(1, keepdim=True).double() * signs).sum(1)
 
     def of_uses(
-        self, index: int, uses: Sequence[Use], g: Sequence[Sequence[Tensor]], signs: Tensor, memory: int
-    ) -> Tensor:  # fmt: skip
+        self,
+        index: int,  # noqa: ARG002
+        uses: Sequence[Use],
+        g: Sequence[Sequence[Tensor]],
+        signs: Tensor,
+        memory: int,
+    ) -> Tensor:
         """By the rules for norms."""
         return (squares(uses, g, memory).double() * signs).sum(1)
 

@@ -34,7 +34,9 @@ def embed(gram: Array, perplexity: float) -> Array:
     start = _principal(gram)
     options: dict[str, Any] = {"method": "exact" if count <= _EXACT_UP_TO else "barnes_hut"}
     taken = float(min(perplexity, max(1.0, (count - 1) / 3)))
-    solver = TSNE(metric="precomputed", init=start.astype(np.float32), perplexity=taken, random_state=0, **options)
+    solver = TSNE(
+        metric="precomputed", init=start.astype(np.float32), perplexity=taken, random_state=0, **options
+    )
     found: Array = solver.fit_transform(distances(gram)).astype(np.float64)
     return found
 

@@ -73,7 +73,7 @@ class Weights:
     def columns(self, part: str) -> int:
         """How many columns F has."""
         S, C = self.every.shape
-        return {"G0": S, "G1": S, "G2": S * (C - 1), "G012": S * C}[part]
+        return int({"G0": S, "G1": S, "G2": S * (C - 1), "G012": S * C}[part])
 
 
 def eigenvalues(part: str, weights: Weights, rows: Array | None = None, gram: Array | None = None) -> Array:
@@ -91,7 +91,7 @@ def eigenvalues(part: str, weights: Weights, rows: Array | None = None, gram: Ar
         assert rows is not None
         F = np.concatenate([weights.coefficients(part, c) @ rows[c] for c in range(len(rows))])
         small = F.T @ F if F.shape[1] < len(F) else F @ F.T
-    return np.maximum(np.linalg.eigvalsh(small)[::-1], 0.0)
+    return np.asarray(np.maximum(np.linalg.eigvalsh(small)[::-1], 0.0))
 
 
 def _congruent(part: str, weights: Weights, gram: Array) -> Array:

@@ -89,10 +89,12 @@ def _require_examples(wanted: Sequence[int], found: Sequence[int], outputs: int)
         what = f"classes names {len(wanted)} class" if len(wanted) < 2 else what
         raise Refused(f"{what}; the class structure needs two classes or more, with examples of each")
     if empty:
-        plural = "es" if len(empty) > 1 else ""
+        one = len(empty) == 1
+        which = (
+            f"class{'' if one else 'es'} {_named(empty)} in the data, so {'it has' if one else 'they have'}"
+        )
         raise Refused(
-            f"there is no example of class{plural} {_named(empty)} in the data, so {'they have' if plural else 'it has'} "
-            f"no mean; give some, or leave {'them' if plural else 'it'} out: classes={_named(left)}"
+            f"there is no example of {which} no mean; give some, or measure the others: classes={_named(left)}"
         )
 
 
@@ -209,20 +211,25 @@ class ByClass:
 
     def _batches(self, indices: np.ndarray) -> Iterator[Any]:
         """Some examples, ascending, joined across the batches of the data as far as their shapes allow."""
-        rows, begin, held = torch.from_numpy(indices), 0, []
+        rows, begin = torch.from_numpy(indices), 0
+        held: list[Any] = []
         for batch in self.batches:
             end = begin + batching.examples(batch)
             chosen = rows[(rows >= begin) & (rows < end)] - begin
             begin = end
             if not len(chosen):
                 continue
-            part = batching.tree_map(lambda t, chosen=chosen: t[chosen.to(t.device)], batch)
+            part = _picked(batch, chosen)
             if held and (not _joinable(held[0], part) or _count(held) + len(chosen) > self.size):
                 yield _joined(held)
                 held = []
             held.append(part)
         if held:
             yield _joined(held)
+
+
+def _picked(batch: Any, rows: Tensor) -> Any:
+    return batching.tree_map(lambda t: t[rows.to(t.device)], batch)
 
 
 def _count(parts: Sequence[Any]) -> int:
@@ -271,13 +278,19 @@ def names(problem: Problem, layout: Layout, given: Sequence[str] | None) -> list
         Refused: if other than C are given.
     """
     if given is not None and len(given) != layout.outputs:
-        raise Refused(f"class_names has {len(given)} names; allowed is one for each of {layout.outputs} logits")
+        raise Refused(
+            f"class_names has {len(given)} names; allowed is one for each of {layout.outputs} logits"
+        )
     if given is not None:
         return list(given)
-    source = problem.batches.data
+    source: Any = problem.batches.data
     for _ in range(4):  # loader, subset, data set
         held = getattr(source, "classes", None)
-        if isinstance(held, list | tuple) and len(held) == layout.outputs and all(isinstance(s, str) for s in held):
+        if (
+            isinstance(held, list | tuple)
+            and len(held) == layout.outputs
+            and all(isinstance(s, str) for s in held)
+        ):
             return list(held)
         source = getattr(source, "dataset", None)
     return [str(c) for c in range(layout.outputs)]

@@ -77,4 +77,5 @@ def leading(F: Tensor, dtype: torch.dtype) -> Tensor:
     """
     Q = basis(F, dtype)
     U, _, _ = torch.linalg.svd(Q @ F.T, full_matrices=False)
-    return U.T @ Q
+    rows: Tensor = U.T @ Q
+    return rows

@@ -78,4 +78,5 @@ def basis(F: Tensor, dtype: torch.dtype) -> Tensor:
     Q, R = torch.linalg.qr(F.T)
     U, sizes, _ = torch.linalg.svd(R)
     least = _ROUNDING * torch.finfo(dtype).eps * len(F) ** 0.5 * float(sizes.max())
-    return (Q @ U[:, : len(sizes)][:, sizes > least]).T
+    rows: Tensor = (Q @ U[:, : len(sizes)][:, sizes > least]).T
+    return rows

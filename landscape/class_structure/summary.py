@@ -29,7 +29,11 @@ def weights_of(record: Record) -> Weights:
 def converged(record: Record) -> bool:
     """Whether all eigenpairs reached their residual."""
     at = len(record["label"])
-    known = [record[f"{TASK}converged_{name}"][at] for name in ("G", "hessian", "ggn") if f"{TASK}converged_{name}" in record]
+    known = [
+        record[f"{TASK}converged_{name}"][at]
+        for name in ("G", "hessian", "ggn")
+        if f"{TASK}converged_{name}" in record
+    ]
     return bool(known) and all(bool(one.all()) for one in known)
 
 
@@ -46,9 +50,13 @@ def of_outliers(record: Record) -> Values:
     ):
         if f"{TASK}values_{name}" in record:
             values = record[f"{TASK}values_{name}"][at]
-            found[f"eigenvalues_{name}"] = Variable(("eigenvalue",), values, "1", f"largest eigenvalues {words}")
+            found[f"eigenvalues_{name}"] = Variable(
+                ("eigenvalue",), values, "1", f"largest eigenvalues {words}"
+            )
             residuals = record[f"{TASK}residuals_{name}"][at]
-            found[f"eigenvalues_{name}_residual_norm"] = Variable(("eigenvalue",), residuals, "1", "‖A v - θ v‖")
+            found[f"eigenvalues_{name}_residual_norm"] = Variable(
+                ("eigenvalue",), residuals, "1", "‖A v - θ v‖"
+            )
     count = len(found["eigenvalues_hessian"].data)
     found["eigenvalue"] = Variable(("eigenvalue",), np.arange(1, count + 1), "1", "index, from the largest")
     for a, b in (("G", "hessian"), ("G", "G1"), ("hessian", "G1")):
@@ -64,7 +72,9 @@ def _composition(record: Record, at: int) -> Values:
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = levels / values[:, None]
     found = {
-        f"share_{name}": Variable(("eigenvalue",), shares[:, i], "1", f"share of {name} in the Hessian's eigenvalue")
+        f"share_{name}": Variable(
+            ("eigenvalue",), shares[:, i], "1", f"share of {name} in the Hessian's eigenvalue"
+        )
         for i, name in enumerate(LEVELS)
     }
     whole = 1 - shares[:, LEVELS.index("H")]
@@ -74,11 +84,15 @@ def _composition(record: Record, at: int) -> Values:
     own = [int(c) for c in record["label"]]
     told = []
     for rows in zip(labels, outputs, pairs, strict=True):
-        known = [(int(c), int(j), share) for c, j, share in zip(*rows, strict=True) if math.isfinite(share)][:_TOLD]
+        known = [(int(c), int(j), share) for c, j, share in zip(*rows, strict=True) if math.isfinite(share)][
+            :_TOLD
+        ]
         told.append(", ".join(_pair(names[own[c]], names[j], share) for c, j, share in known) or "-")
     found["made_by"] = Variable(("eigenvalue",), np.array(told), "", "largest pairs of a class and an output")
     share = record[f"{TASK}label_share"][at]
-    found["label_share"] = Variable(("eigenvalue", "label"), share, "1", "share of each class's examples in uᵀGu")
+    found["label_share"] = Variable(
+        ("eigenvalue", "label"), share, "1", "share of each class's examples in uᵀGu"
+    )
     return found
 
 
@@ -95,12 +109,14 @@ def _classes(record: Record, at: int) -> Values:
         scale = np.where(weights.totals > 0, 1 / np.sqrt(weights.totals), 0.0)
     means = gram[S:, S:] * scale[:, None] * scale
     vectors = "δ_c" if record.attrs["weighting"] == "2019" else "g_c"
-    spectra = {name: np.linalg.eigvalsh(part)[::-1] for name, part in (("G0", gram[:S, :S]), ("G1", gram[S:, S:]))}
+    spectra = {
+        name: np.linalg.eigvalsh(part)[::-1] for name, part in (("G0", gram[:S, :S]), ("G1", gram[S:, S:]))
+    }
     return {
-        "eigenvalues_G0": Variable(("rank",), np.maximum(spectra["G0"], 0), "1", "eigenvalues of G0, the part of c' = c"),
-        "eigenvalues_G1": Variable(("rank",), np.maximum(spectra["G1"], 0), "1", "eigenvalues of G1, the class means"),
-        "class_gram": Variable(("label", "label_"), means, "1", f"inner products of the class means {vectors}"),
-        "class_cosine": Variable(("label", "label_"), grams.cosines(means), "1", f"cosines of the class means {vectors}"),
+        "eigenvalues_G0": Variable(("rank",), np.maximum(spectra["G0"], 0), "1", "of G0, the part of c' = c"),
+        "eigenvalues_G1": Variable(("rank",), np.maximum(spectra["G1"], 0), "1", "of G1, the class means"),
+        "class_gram": Variable(("label", "label_"), means, "1", f"inner products of the {vectors}"),
+        "class_cosine": Variable(("label", "label_"), grams.cosines(means), "1", f"cosines of the {vectors}"),
     }  # fmt: skip
 
 
@@ -117,7 +133,9 @@ def of_means(record: Record) -> Values:
         gram = grams.mirrored(rows)
         spectra = {part: grams.eigenvalues(part, weights, gram=gram) for part in ("G2", "G012")}
         found["gram"] = Variable(("vector", "vector_"), gram, "1", "inner products of the mean vectors v_cc'")
-        found["cosine"] = Variable(("vector", "vector_"), grams.cosines(gram), "1", "cosines of the mean vectors")
+        found["cosine"] = Variable(
+            ("vector", "vector_"), grams.cosines(gram), "1", "cosines of the mean vectors"
+        )
     words = {"G2": "of G2, the outputs c' ≠ c about their class mean", "G012": "of G0 + G1 + G2"}
     for part, values in spectra.items():
         found[f"eigenvalues_{part}"] = Variable((f"rank_{part}",), values, "1", f"eigenvalues {words[part]}")
@@ -174,7 +192,9 @@ def of_spectra(record: Record) -> Values:
     made = {i: _density(record, first + i) for i in done}
     length = max(len(one.grid) for one in made.values())
     nodes = max(one.ritz_values.shape[1] for one in made.values())
-    curves = {key: np.full((len(names), length), np.nan) for key in ("x", "density", "density_low", "density_high")}
+    curves = {
+        key: np.full((len(names), length), np.nan) for key in ("x", "density", "density_low", "density_high")
+    }
     top, above, below = (np.full((len(names), size), np.nan) for size in (nodes, 1, 1))
     for i, one in made.items():
         size = len(one.grid)
@@ -188,7 +208,9 @@ def of_spectra(record: Record) -> Values:
         above[i], below[i] = len(one.outliers.above), len(one.outliers.below)
     words = {"x": "eigenvalue", "density": "share of eigenvalues per decade",
              "density_low": "lower end of the 95 % band", "density_high": "upper end of the 95 % band"}  # fmt: skip
-    found = {f"spectrum_{key}": Variable(("spectrum", "x"), data, "1", words[key]) for key, data in curves.items()}
+    found = {
+        f"spectrum_{key}": Variable(("spectrum", "x"), data, "1", words[key]) for key, data in curves.items()
+    }
     found["spectrum_top"] = Variable(("spectrum", "node"), top, "1", "largest Ritz values, descending")
     found["spectrum_outliers"] = Variable(("spectrum",), above[:, 0], "1", "eigenvalues above the bulk")
     found["spectrum_outliers_below"] = Variable(("spectrum",), below[:, 0], "1", "eigenvalues below the bulk")
@@ -204,4 +226,8 @@ def _density(record: Record, at: int) -> DensityEstimate:
     chains = Chains(record[f"{TASK}alpha"][at], record[f"{TASK}beta"][at])
     dtype = getattr(torch, record.attrs["product_dtype"])
     found = from_chains(chains, record.attrs["order"], dtype, axis="log")
-    return found if found.width <= _WIDEST else from_chains(chains, record.attrs["order"], dtype, axis="log", width=_WIDEST)
+    return (
+        found
+        if found.width <= _WIDEST
+        else from_chains(chains, record.attrs["order"], dtype, axis="log", width=_WIDEST)
+    )

@@ -95,7 +95,7 @@ class Source:
             self._charge(2 * batching.examples(piece) * len(V))
 
     def squares(self, c: int, memory: int) -> Tensor:
-        """tr Jᵢᵀ(diag p - p pᵀ)Jᵢ / n_c of each example of a class, float64 (n_c,).
+        """The trace of Jᵢᵀ(diag p - p pᵀ)Jᵢ / n_c for each example of a class, float64 (n_c,).
 
         Args:
             c: index of the class.
@@ -123,7 +123,7 @@ class Source:
         return self.problem.evaluator.cut(self.data.of(c))
 
     def _at(self, c: int, f: Tensor) -> tuple[Tensor, Tensor]:
-        """p and a of a micro-batch, float64."""
+        """The p and a of a micro-batch, float64."""
         p, count = torch.softmax(f.detach().double(), 1), int(self.layout.counts[c])
         if self.weighting == "2019":
             return p, p.sqrt() / count
@@ -156,4 +156,3 @@ def mean_probabilities(problem: Problem, data: ByClass) -> np.ndarray:
                 found[c] += p.sum(0).cpu().numpy() / count
     problem.cost.values += 1
     return found
-

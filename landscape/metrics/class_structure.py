@@ -17,8 +17,10 @@ import torch
 
 from landscape.checks import Need
 from landscape.class_structure import labels, spectra, summary
-from landscape.class_structure.tasks import Chains, Grams, Limits, Task, Top, Work
+from landscape.class_structure.gram_tasks import Grams
+from landscape.class_structure.spectrum_tasks import Chains, Top
 from landscape.class_structure.vectors import Source, mean_probabilities
+from landscape.class_structure.work import Limits, Task, Work
 from landscape.errors import Refused
 from landscape.estimators import lanczos
 from landscape.memory import in_words
@@ -29,7 +31,9 @@ from landscape.results import Record, Variable
 
 _SPECTRA = ("hessian", "G", "hessian-G", "hessian-G1", "hessian/G1", "G-G012")
 _MOST_VECTORS = 2500  # mean vectors whose inner products are all stored: 50 MB
-_SKETCH = 2048  # numbers that more of them are sketched to; inner products err by √(2/2048) = 3 % of the lengths
+_SKETCH = (
+    2048  # numbers that more of them are sketched to; inner products err by √(2/2048) = 3 % of the lengths
+)
 _MORE = 10  # eigenvalues beyond one for each class
 
 
@@ -56,7 +60,9 @@ class ClassStructure(SequentialMetric):
     )  # fmt: skip
     keeps_graphs: ClassVar[bool] = False  # those of the problem; its class-balanced twin's are kept here
 
-    weighting: Literal["2019", "2020"] = setting("2019", "of the outputs c' of a class: alike, or by probability")
+    weighting: Literal["2019", "2020"] = setting(
+        "2019", "of the outputs c' of a class: alike, or by probability"
+    )
     per_class: int | None = setting(None, "the first so many examples of each class; none: all")
     classes: tuple[int, ...] | None = setting(None, "labels of the classes to measure; none: all")
     class_names: tuple[str, ...] | None = setting(
@@ -65,7 +71,8 @@ class ClassStructure(SequentialMetric):
     k: int | None = setting(None, "eigenvalues of G and of the Hessian; none: 10 more than classes")
     rtol: float = setting(1e-3, "residual that is asked of them, relative to the eigenvalue")
     spectra: tuple[str, ...] = setting(
-        _SPECTRA, "densities: hessian, G, hessian-G, and with B = G0, G1, G2, G012 A-B (subtracted), A/B (projected)"
+        _SPECTRA,
+        "densities: hessian, G, hessian-G, and with B = G0, G1, G2, G012 A-B (subtracted), A/B (projected)",
     )
     probes: int = setting(2, "random start vectors of each density")
     steps: int = setting(64, "products of a chain of a density")
@@ -102,7 +109,9 @@ class ClassStructure(SequentialMetric):
         return Record(
             {
                 "label": Variable(("label",), own, "1", "label of the class"),
-                "class_name": Variable(("label",), np.array([names[c] for c in own]), "", "name of the class"),
+                "class_name": Variable(
+                    ("label",), np.array([names[c] for c in own]), "", "name of the class"
+                ),
                 "class_count": Variable(("label",), layout.counts, "1", "examples of the class"),
                 "output_name": Variable(("output",), np.array(names), "", "name of the output"),
                 "mean_probability": Variable(("label", "output"), probabilities, "1", "mean over the class"),
@@ -143,13 +152,16 @@ class ClassStructure(SequentialMetric):
         chosen = []
         for name in self.spectra:
             part = spectra.part_of(name)
-            if part is None or weights.columns(part) * n * 8 <= room:
+            columns = 0 if part is None else weights.columns(part)
+            if columns * n * 8 <= room:
                 chosen.append(name)
             elif self.spectra != _SPECTRA:
                 raise Refused(
-                    f"the {weights.columns(part)} vectors of {part} for spectra={name} take {in_words(weights.columns(part) * n * 8)}, "
-                    f"a quarter of memory={in_words(record.attrs['memory'])} is allowed; allow more, or leave it out"
+                    f"{name} of spectra needs {columns} vectors, {in_words(columns * n * 8)}; allowed is a "
+                    f"quarter of the memory, {in_words(room)}. Leave it out, or allow more (memory=, --memory)"
                 )
+        if not chosen:
+            return [], 0
         dtype = getattr(torch, record.attrs["product_dtype"])
         try:
             return chosen, min(self.probes, lanczos.chains_that_fit(n, self.steps, dtype, room))
