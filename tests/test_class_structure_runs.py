@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from landscape_cli import app
 from test_class_structure import Conv, close, cut, data, mlp, problem_of
-from torch import Tensor, nn
+from torch import nn
 
 import landscape
 from landscape import Problem, Refused, testbeds

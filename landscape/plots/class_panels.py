@@ -88,8 +88,9 @@ def draw_points(axes: Axes, picture: ClassStructurePicture) -> None:
         chosen = (picture.point_output < 0) == mean
         faces = [tint[i] for i in picture.point_label[chosen]]
         edges = faces if mean else [rings.get(int(j), (0.6, 0.6, 0.6)) for j in picture.point_output[chosen]]
+        x, y = picture.points[chosen].T
         axes.scatter(
-            *picture.points[chosen].T, s=70 if mean else 11, c=faces, edgecolors="black" if mean else edges,
+            x, y, s=70 if mean else 11, c=faces, edgecolors="black" if mean else edges,
             linewidths=0.7 if mean else 1.0, zorder=3 if mean else 2,
         )  # fmt: skip
     axes.set_xticks([])
@@ -110,8 +111,16 @@ def draw_spectra(axes: Axes, picture: ClassStructurePicture, inches: float) -> N
     for i, one in enumerate(picture.spectra):
         look = style.look(i)
         label = f"{one.name} ({one.outliers})"
-        axes.plot(one.x, np.where(one.density > least, one.density, np.nan), color=look.color, linestyle=look.line, linewidth=1.0,
-                  zorder=4 - 0.1 * i, label=label)  # fmt: skip
+        shown = np.where(one.density > least, one.density, np.nan)
+        axes.plot(
+            one.x,
+            shown,
+            color=look.color,
+            linestyle=look.line,
+            linewidth=1.0,
+            zorder=4 - 0.1 * i,
+            label=label,
+        )
     peak = max(float(one.density.max()) for one in picture.spectra)
     rows = -(-len(picture.spectra) // 2)
     # Room for the legend above the curves, and for the ticks of the parts below them.
@@ -140,6 +149,8 @@ def _draw_ticks(axes: Axes, spectra: dict[str, np.ndarray], least: float) -> Non
 
 def draw_outliers(axes: Axes, picture: ClassStructurePicture) -> None:
     """Draw the largest eigenvalues of G against those of G1 in order, with the diagonal."""
+    from matplotlib.ticker import LogFormatterMathtext, LogLocator
+
     first = picture.parts["G1"]
     count = min(len(first), len(picture.top))
     x, y = first[:count], picture.top[:count]
@@ -150,6 +161,10 @@ def draw_outliers(axes: Axes, picture: ClassStructurePicture) -> None:
     axes.plot(x, y, "o", color=style.BLUE, markersize=4.2, zorder=3)
     style.log_axis(axes, low, high, "x")
     style.log_axis(axes, low, high)
+    if np.floor(np.log10(high)) - np.ceil(np.log10(low)) >= 1:  # two powers of ten are labels enough
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator())
+            axis.set_major_formatter(LogFormatterMathtext())
     axes.set_xlabel("eigenvalue of G₁, the class means", fontsize=TEXT)
     axes.set_ylabel("eigenvalue of G", fontsize=TEXT)
     axes.set_title(f"largest {count} of G and of G₁, in order", fontsize=TEXT)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from landscape.plots import PlotError, class_panels, style, words
+from landscape.plots import PlotError, class_panels, style
 from landscape.plots.class_panels import ClassStructurePicture, Spectrum
 from landscape.plots.style import TEXT
 
@@ -109,8 +109,8 @@ def draw(figure: Figure, pictures: Sequence[ClassStructurePicture]) -> None:
     columns = 1 if width < style.SIDE_BY_SIDE else 2
     panels = [_panels(picture) for picture in pictures]
     rows = [-(-len(one) // columns) for one in panels]
-    parts = np.atleast_1d(figure.subfigures(len(pictures), 1, height_ratios=rows))
-    for part, picture, made, count in zip(parts, pictures, panels, rows, strict=True):
+    parts = figure.subfigures(len(pictures), 1, height_ratios=rows, squeeze=False)
+    for part, picture, made, count in zip(parts.flat, pictures, panels, rows, strict=True):
         grid = part.subplots(count, columns, squeeze=False)
         for axes in grid.flat[len(made) :]:
             axes.set_visible(False)
