@@ -138,20 +138,31 @@ def ggn_by_differences(problem: Problem, V: Tensor, step: float | None = None) -
     def made(piece: Any, rows: Tensor) -> Made:
         leaves = problem.leaves()
         for row in rows:
-            h = _factor(problem, row, step)
-            moved = []
-            for sign in (1, -1):
-                with torch.no_grad(), problem.filled(problem.leaves(displacement=row * (sign * h))):
-                    moved.append(batching.tensors(problem.evaluator.outputs(piece)))
+            changes = output_differences(problem, piece, row, step)
             with problem.filled(leaves):
                 outputs = problem.evaluator.outputs(piece)
                 wanted = [t.requires_grad for t in batching.tensors(outputs)]
-                pushed = [
-                    (up - down) / (2 * h) for up, down, want in zip(*moved, wanted, strict=True) if want
-                ]
+                pushed = [change for change, want in zip(changes, wanted, strict=True) if want]
                 yield products.pullback(outputs, _ending(problem, piece), leaves, pushed)
 
     return _by_differences(problem, V, made)
+
+
+def output_differences(problem: Problem, piece: Any, v: Tensor, step: float | None = None) -> list[Tensor]:
+    """J v from central differences of a micro-batch's outputs, one entry for each tensor of them.
+
+    Args:
+        problem: the problem.
+        piece: the micro-batch.
+        v: (n,).
+        step: as for `hessian_by_differences`.
+    """
+    h = _factor(problem, v, step)
+    moved = []
+    for sign in (1, -1):
+        with torch.no_grad(), problem.filled(problem.leaves(displacement=v * (sign * h))):
+            moved.append(batching.tensors(problem.evaluator.outputs(piece)))
+    return [(up - down) / (2 * h) for up, down in zip(*moved, strict=True)]
 
 
 def _by_autodiff(

@@ -234,7 +234,7 @@ class Passes:
                 slopes = self.fallback.gradients(pieces[n], chosen, heads, cotangents[n, k : k + step])
                 for i, slope in zip(chosen, slopes, strict=True):
                     read = self.reading.of_gradients(i, slope[None], signs[n : n + 1, k : k + step])
-                    self.blocks[i] += read
+                    self.blocks[i] += self.reading.placed(read, n, count)
         for i in chosen:
             self.rules[i].add(self.fallback.name)
 

@@ -1,4 +1,4 @@
-"""What is read off per-example gradients beside their norms: sums of their squares, and norms of their images.
+"""What is read off per-example gradients: sums of their squares, norms of each example, norms of their images.
 
 A reading is given the gradients of a micro-batch's examples for K cotangents each, with signs, and returns what
 adds up: Σ_ik σ_ik r(∇_ik). From the columns of the loss's curvature (`landscape.ggn_passes`) follow with it the
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from landscape.example_norms import squares
 from landscape.linear_maps import Map
 from landscape.uses import Outer, Use
 
@@ -53,6 +54,39 @@ class Reading(ABC):
                 gradients += use.gradients(one[columns], rows.start, rows.stop)
             total = total + self.of_gradients(index, gradients, signs[rows, columns])
         return total
+
+    def placed(self, read: Any, position: int, count: int) -> Any:  # noqa: ARG002
+        """What was read off a single example, `position` of `count`, as it adds up with the others'."""
+        return read
+
+
+class ExampleNorms(Reading):
+    """Σ_k σ_ik ‖∇_ik‖² of each example i, float64 (N,)."""
+
+    def of_gradients(self, index: int, gradients: Tensor, signs: Tensor) -> Tensor:  # noqa: ARG002
+        """As the class says."""
+        return (gradients.flatten(2).square().sum(2).double() * signs).sum(1)
+
+    def of_rows(self, index: int, left: Tensor, right: Tensor, signs: Tensor) -> Tensor:  # noqa: ARG002
+        """Without forming the gradients."""
+        return (left.square().sum(2).double() * right.square().sum(1, keepdim=True).double() * signs).sum(1)
+
+    def of_uses(
+        self,
+        index: int,  # noqa: ARG002
+        uses: Sequence[Use],
+        g: Sequence[Sequence[Tensor]],
+        signs: Tensor,
+        memory: int,
+    ) -> Tensor:
+        """By the rules for norms."""
+        return (squares(uses, g, memory).double() * signs).sum(1)
+
+    def placed(self, read: Tensor, position: int, count: int) -> Tensor:
+        """In its place, zero elsewhere."""
+        found = read.new_zeros(count)
+        found[position] = read[0]
+        return found
 
 
 class Squares(Reading):

@@ -46,14 +46,14 @@ class HessianGraph:
         yield from _vector_jacobian(self._first, self.parameters, rows, retain=keep)
 
 
-class GgnGraph:
-    """The graphs of a micro-batch from which products Jᵀ (∂²ℓ/∂f²) J v are made, f the model's outputs, J = ∂f/∂θ.
+class JacobianGraph:
+    """The graph of a micro-batch from which products J v are made, J = ∂f/∂θ with f the model's outputs.
 
     J v is the derivative of Jᵀu with respect to u, a reverse pass through the reverse pass; so its graph
-    too is built once for all vectors.
+    is built once for all vectors.
     """
 
-    def __init__(self, outputs: Any, loss: Callable[[Any], Tensor], parameters: list[Tensor]):
+    def __init__(self, outputs: Any, parameters: list[Tensor]):
         self.parameters = parameters
         self._leaves = [t for t in tensors(outputs) if t.requires_grad]
         if not self._leaves:
@@ -65,7 +65,24 @@ class GgnGraph:
                     self._leaves, parameters, self._dummies, create_graph=True, allow_unused=True
                 )
             )
-        self._detached, self._slopes = _output_slopes(outputs, loss)
+
+    def pushed(self, row: Pieces) -> Pieces:
+        """J v, shaped like the differentiable output tensors; the graph stays."""
+        if not self._leaves:
+            return []
+        used, pieces = _used(self._pulled, row)
+        return torch.autograd.grad(
+            used, self._dummies, pieces, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+
+
+class GgnGraph(JacobianGraph):
+    """The graphs of a micro-batch from which products Jᵀ (∂²ℓ/∂f²) J v are made, built once for all vectors."""
+
+    def __init__(self, outputs: Any, loss: Callable[[Any], Tensor], parameters: list[Tensor]):
+        super().__init__(outputs, parameters)
+        if self._leaves:
+            self._detached, self._slopes = _output_slopes(outputs, loss)
 
     def products(self, rows: Sequence[Pieces], *, keep: bool = False) -> Iterator[Optional]:  # noqa: ARG002
         """G v for each v of `rows`; the graphs live as long as this object."""
@@ -73,11 +90,7 @@ class GgnGraph:
             if not self._leaves:
                 yield [None] * len(self.parameters)
                 continue
-            used, pieces = _used(self._pulled, row)
-            pushed = torch.autograd.grad(
-                used, self._dummies, pieces, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            bent = next(_vector_jacobian(self._slopes, self._detached, [pushed], retain=True))
+            bent = next(_vector_jacobian(self._slopes, self._detached, [self.pushed(row)], retain=True))
             yield _pulled(self._leaves, self.parameters, bent, retain=True)
 
 

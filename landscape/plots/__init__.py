@@ -26,7 +26,7 @@ __all__ = ["PlotError", "metrics_with_a_picture", "plot", "plus_minus", "power_o
 
 WIDTH = 7.0
 """Default width in inches: the text width of a page."""
-_SHARED = {"contours", "profile", "style", "words"}
+_SHARED = {"class_panels", "contours", "profile", "style", "words"}
 _FORMATS = {".png", ".pdf", ".svg", ".html", ".vtk"}
 # Without these, the same record drawn twice would give two files that differ.
 _NO_DATES: dict[str, dict[str, Any]] = {
