@@ -204,7 +204,9 @@ def _file(folder: Path, metric: str) -> Path:
 
 
 def _how_to_go_on(path: Path) -> str:
-    kept = f"what is done is kept in {path}" if path.exists() else "nothing was finished yet"
+    from landscape import run
+
+    kept = f"what is done is kept in {run.kept_in(path)}" if run.kept_in(path) else "nothing was finished yet"
     return f"interrupted; {kept}; run the same command again to go on"
 
 

@@ -284,6 +284,11 @@ def _state_path(path: Path, block: range) -> Path:
     return path.parent / _PARTS / f"{path.stem}.state-{which}.safetensors"
 
 
+def kept_in(path: Path) -> Path | None:
+    """Return where the work on a result is kept: its file, or the state of what comes before; None for nowhere."""
+    return next((place for place in (path, _state_path(path, PREPARATION)) if place.exists()), None)
+
+
 def _delete_states(path: Path, record: Record) -> None:
     """Delete the states of what is in the file; a kill may have come between its writing and this."""
     size, done = record.attrs["block_size"], record["done"] if "done" in record else np.zeros(0, bool)
