@@ -18,6 +18,7 @@ import torch
 
 from landscape import lock, product_checks, provenance, results
 from landscape import memory as footprint
+from landscape._version import __version__
 from landscape.checks import Need, Report
 from landscape.errors import Refused
 from landscape.memory import Plan
@@ -131,7 +132,9 @@ def _measure(
         for place in (path.parent, path.parent / _PARTS):
             results.clean_leftovers(place)
         results.require_writable(path.parent)
-        if path.exists() and not overwrite:
+        if overwrite:
+            _delete_states(path)
+        elif path.exists():
             record = results.read(path)
             identity = _identity(metric, problem, seed, memory, problem.data_fingerprint())
             _require_same(path, record, identity)
@@ -231,8 +234,9 @@ class _Journal(Journal):
         progress: Callable[[Progress], None] | None,
     ):
         self.metric, self.path, self.tell = metric, path, progress
-        # With its demands: what a block came to for smaller ones is not what it has to come to.
-        same = {key: identity[key] for key in (*_SAME, "configuration")}
+        # With its demands: what a block came to for smaller ones is not what it has to come to. With the version:
+        # stages are known by their order.
+        same = {key: identity[key] for key in (*_SAME, "configuration")} | {"version": __version__}
         self.key = hashlib.blake2b(json.dumps(same, sort_keys=True).encode(), digest_size=16).hexdigest()
         self.spacing, self.state_spacing = _Spacing(_UNWRITTEN_SECONDS), _Spacing(_UNWRITTEN_SECONDS)
         self.unwritten = False
@@ -289,16 +293,21 @@ def kept_in(path: Path) -> Path | None:
     return next((place for place in (path, _state_path(path, PREPARATION)) if place.exists()), None)
 
 
-def _delete_states(path: Path, record: Record) -> None:
-    """Delete the states of what is in the file; a kill may have come between its writing and this."""
-    size, done = record.attrs["block_size"], record["done"] if "done" in record else np.zeros(0, bool)
+def _delete_states(path: Path, record: Record | None = None) -> None:
+    """Delete the states of what is in the record, which is stored, or all of them.
+
+    A kill may have come between its writing and this.
+    """
+    every = record is None or bool(record.attrs["complete"])
+    done = record["done"] if record is not None and "done" in record else np.zeros(0, bool)
+    size = 0 if record is None else int(record.attrs["block_size"])
     with contextlib.suppress(OSError):
         for state in (path.parent / _PARTS).iterdir():
             found = re.fullmatch(rf"{re.escape(path.stem)}\.state-(prepare|[0-9]+)\.safetensors", state.name)
             if found is None:
                 continue
             block = done[int(found[1]) :][:size] if found[1] != "prepare" else np.ones(1, bool)
-            if record.attrs["complete"] or (len(block) and block.all()):
+            if every or (len(block) and block.all()):
                 state.unlink()
 
 
