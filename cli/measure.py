@@ -223,7 +223,9 @@ def _part_done(found: Any, path: Path, part: tuple[int, int]) -> str:
 
 
 def _how_to_go_on(path: Path, on: str = "") -> str:
-    kept = f"what is done is kept in {path}" if path.exists() else "nothing was finished yet"
+    from landscape import run
+
+    kept = f"what is done is kept in {run.kept_in(path)}" if run.kept_in(path) else "nothing was finished yet"
     return f"interrupted; {kept}; run the same command again{on} to go on"
 
 
