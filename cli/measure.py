@@ -158,7 +158,8 @@ class _Run:
         return f"{cut}, {plan.block} vectors at once; {about} of {memory.in_words(allowed)} beside the model"
 
     def _targets(self) -> Iterator[tuple[Target, Path]]:
-        for index, target in enumerate(self.request.targets(say)):
+        tell = say if self.speaks else lambda _: None
+        for index, target in enumerate(self.request.targets(tell)):
             yield target, self.out / self.labels[index] if self.labels else self.out
 
     def _warn_of_tolerance(self, rows: list[report.Summary]) -> int:
