@@ -103,7 +103,7 @@ class Displaced:
         if shard is None:
             sums = self._summed(writers)
         else:  # no point is compared: its coefficients come of sums that all ranks have alike
-            rows = torch.zeros(len(writers), 2 + 2 * len(self.names), dtype=torch.float64)
+            rows = torch.zeros(len(writers), 2 * len(self.names), dtype=torch.float64)
             shard.add("losses at displaced parameters", lambda: self._fill(rows, writers, shard), rows)
             sums = rows.tolist()
         self._problem.cost.values += len(writers)
@@ -236,7 +236,7 @@ def _kept(value: Tensor) -> Tensor | float:
 
 def _numbers(values: Sequence[Tensor | float]) -> list[float]:
     """Read 0-d tensors, all at once from where they are."""
-    if all(isinstance(value, Tensor) for value in values):
+    if values and all(isinstance(value, Tensor) for value in values):
         numbers: list[float] = torch.stack(list(values)).tolist()  # type: ignore[arg-type]
         return numbers
     return [float(value) for value in values]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TIMEOUT = 120.0  # seconds of silence after which a rank is lost
 _BEAT = 0.25  # seconds between two beats
 _SURE = 4.0  # seconds of silence that tell, once something has failed, whose fault it was
+_GRACE = 2.0  # seconds that who keeps the store gives the others to read why it goes
 _SHORT, _LONG = 2e-4, 0.02  # seconds between two looks, at first and after a while
 
 _store: Store | None = None  # of this process: a launcher's can be joined once
@@ -152,6 +153,7 @@ class Team:
                 self._part()
             else:
                 self.leave(error)
+                self._see_off()
         finally:
             self._stop.set()
             self._thread.join()
@@ -322,6 +324,17 @@ class Team:
         self._stop.set()
         self._thread.join()
         self.post(f"gone/{self.rank}")
+
+    def _see_off(self) -> None:
+        """Where this rank keeps the store, let the others read why it goes."""
+        if self.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        end = self._count + _GRACE / _BEAT
+        with contextlib.suppress(RankLost):
+            while self._count < end and self._thread.is_alive():
+                if all(self._read(f"left/{rank}") or _is_gone(self._process(rank)) for rank in self.others):
+                    return
+                time.sleep(_LONG)
 
     def _process(self, rank: int) -> dict[str, Any]:
         if rank not in self._who:
