@@ -285,6 +285,7 @@ class Team:
                 "measurements (or measure alone: shard='none', --shard none)",
                 never,
             )
+        self.leaving = True
         self._end(quiet)
         return RankLost(f"{self._named(quiet)} stopped: no sign of life for {seconds:g} s", quiet)
 

@@ -59,10 +59,10 @@ def of(path: Path | None, shard: str, part: tuple[int, int] | None, timeout: flo
             groups.pop_all()
             lost = team.lost(error)
             team.leave(lost or error)
-            if lost is None or lost is error:
+            if lost is None:
                 raise
             _stand_in(path, team, lost)
-            raise lost from error
+            raise lost from (None if lost is error else error)
 
 
 def _part(path: Path | None, part: tuple[int, int]) -> Share:
@@ -372,10 +372,11 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _stand_in(path: Path | None, team: Team, error: BaseException) -> None:
-    if path is None or not isinstance(error, RankLost) or 0 not in error.ranks or not path.exists():
+def _stand_in(path: Path | None, team: Team, lost: RankLost) -> None:
+    """Say in the file how it ended, where rank 0 is lost: the first of those that are left."""
+    if path is None or 0 not in lost.ranks or not path.exists():
         return
-    if team.rank == min(rank for rank in range(team.size) if rank not in error.ranks):
+    if team.rank == min(rank for rank in range(team.size) if rank not in lost.ranks):
         record = results.read(path)
         record.attrs["exit_code"] = _INTERRUPTED
         results.write(path, record)
