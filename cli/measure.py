@@ -105,8 +105,8 @@ class _Run:
                         found = run.measure(
                             metric, target.problem, out=folder, seed=self.options["seed"],
                             overwrite=self.options["overwrite"], check=not self.options["no_check"],
-                            progress=progress, memory=self.options["memory"], shard=self.options["shard"],
-                            part=self.options["part"], timeout=self.options["timeout"],
+                            progress=progress, memory=self.options["memory"], wait=self.options["wait"],
+                            shard=self.options["shard"], part=self.options["part"], timeout=self.options["timeout"],
                         )  # fmt: skip
                         progress.close()
                         if self.options["part"] and not found.attrs["complete"]:
@@ -223,7 +223,9 @@ def _part_done(found: Any, path: Path, part: tuple[int, int]) -> str:
 
 
 def _how_to_go_on(path: Path, on: str = "") -> str:
-    kept = f"what is done is kept in {path}" if path.exists() else "nothing was finished yet"
+    from landscape import run
+
+    kept = f"what is done is kept in {run.kept_in(path)}" if run.kept_in(path) else "nothing was finished yet"
     return f"interrupted; {kept}; run the same command again{on} to go on"
 
 

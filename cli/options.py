@@ -109,6 +109,8 @@ def _where() -> list[click.Option]:
              help="What the ranks of torchrun divide: units, or the data of every product. [default: units]"),
         Flag("--timeout", group=WHERE, type=click.FloatRange(min=1.0), metavar="SECONDS", default=120.0,
              help="After how long without a sign of life another rank counts as lost. [default: 120]"),
+        Flag("--wait", group=WHERE, is_flag=True,
+             help="Wait while another process measures into the same file; else this is refused, naming it."),
         Flag("--memory", group=WHERE, metavar="SIZE", callback=_memory,
              help="What the measurement may use beside the model and its data; larger batches are cut to fit. "
              "[default: 8GiB]"),

@@ -169,6 +169,10 @@ class Problem:
         """What is known of products with each matrix, "hessian" and "ggn"."""
         return dict(self._found)
 
+    def learn(self, found: Mapping[str, ProductCheck]) -> None:
+        """Take over what was found of products before."""
+        self._found.update(found)
+
     @property
     def products_in_use(self) -> str:
         """How products are made: as asked for; else as was found out, "not needed" as long as none was made."""

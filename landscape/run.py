@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
-from landscape import identity, product_checks, provenance, ranks, results, shares
+from landscape import identity, lock, product_checks, provenance, ranks, results, shares
 from landscape import memory as footprint
 from landscape.checks import Need, Report
 from landscape.errors import Refused
 from landscape.memory import Plan
 from landscape.metrics.base import MEMORY, Journal, Metric, State, evaluate
+from landscape.metrics.base_journal import PREPARATION
 from landscape.problem import Problem
 from landscape.results import Record
 from landscape.shares import Share
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 _WRITING_SHARE = 0.05
 # Seconds before the first writing: a measurement that is done by then is written once.
 _UNWRITTEN_SECONDS = 0.1
+_PARTS = ".parts"  # where states of unfinished blocks lie
 # Exit codes of the command line, written into the run too: some launchers lose them.
 _TOLERANCE_MISSED, _INTERRUPTED = 4, 130
 
@@ -42,7 +47,8 @@ class Progress:
     Attributes:
         metric: its name.
         done: units measured.
-        total: units of the current round; an adaptive metric may ask for more.
+        total: units of the current round; an adaptive metric may ask for more. None while it waits for another
+            process, whom the message names.
         message: the estimate so far, in words.
     """
 
@@ -62,6 +68,7 @@ def measure(
     check: bool = True,
     progress: Callable[[Progress], None] | None = None,
     memory: int | None = None,
+    wait: bool = False,
     shard: Literal["units", "data", "none"] = "units",
     part: tuple[int, int] | None = None,
     timeout: float = ranks.TIMEOUT,
@@ -85,6 +92,8 @@ def measure(
         progress: called after each block of units.
         memory: bytes that may be used beside the model and its data; default 8 GiB. Batches that need more
             are cut, unless the problem was given a microbatch.
+        wait: where another process measures into the same file, wait until it is done; else refuse. One
+            that was killed does not count, unless it ran on another machine.
         shard: what ranks divide: "units", whole blocks of them, without a word between ranks until a round is
             done (with out=None every rank measures all); "data": each takes a part of the batches, and every
             product and gradient is summed over ranks, equal to one process to rounding; "none": this process
@@ -99,27 +108,43 @@ def measure(
 
     Raises:
         Refused: if the problem fails its check, if one example needs more memory than is allowed, if the file
-            holds another measurement, or if another rank measures something else.
+            holds another measurement, if another process is measuring into it (which is named), or if another
+            rank measures something else.
         RankLost: if another rank died, stopped or failed.
         ResultsError: if the file cannot be read or written.
         ValueError: for a part that cannot be.
     """
-    memory = MEMORY if memory is None else memory
     path = None if out is None else result_path(out, metric)
-    with shares.of(path, shard, part, timeout) as share:
-        return _measure(metric, problem, share, seed, overwrite, check, progress, memory)
+
+    def waiting(text: str) -> None:
+        if progress is not None:
+            progress(Progress(metric.name, 0, None, text))
+
+    with shares.of(path, shard, part, timeout) as share, lock.held(share.locked, wait=wait, tell=waiting):
+        return _measure(
+            metric,
+            problem,
+            share,
+            seed=seed,
+            overwrite=overwrite,
+            check=check,
+            progress=progress,
+            memory=MEMORY if memory is None else memory,
+        )
 
 
 def _measure(
     metric: Metric,
     problem: Problem,
     share: Share,
+    *,
     seed: int,
     overwrite: bool,
     check: bool,
     progress: Callable[[Progress], None] | None,
     memory: int,
 ) -> xarray.Dataset:
+    """Measure into a file that no other process measures into, but for those who share the work."""
     path, record, about = share.path, None, None
     share.begin(overwrite=overwrite)
     problem = share.divided(problem)
@@ -130,6 +155,8 @@ def _measure(
         identity.require_same(path, record, about)
         record.attrs["configuration"] = about["configuration"]
         if record.attrs.get("complete") and metric.units(record) is None:
+            if share.main:
+                _delete_states(path, record)
             return record.to_xarray()
     stored = record.attrs.get("memory_plan") if record else None
     plan = Plan(**stored) if stored else memory_plan(metric, problem, memory, check=check)
@@ -225,12 +252,11 @@ class _Journal(Journal):
         progress: Callable[[Progress], None] | None,
     ):
         self.metric, self.share, self.path, self.tell = metric, share, share.path, progress
-        same = {key: about[key] for key in identity.SAME}
+        # With its demands: what a block came to for smaller ones is not what it has to come to.
+        same = {key: about[key] for key in (*identity.SAME, "configuration")}
         self.key = hashlib.blake2b(json.dumps(same, sort_keys=True).encode(), digest_size=16).hexdigest()
-        self.spacing = _Spacing(_UNWRITTEN_SECONDS)
-        self.state_spacing = _Spacing()
+        self.spacing, self.state_spacing = _Spacing(_UNWRITTEN_SECONDS), _Spacing(_UNWRITTEN_SECONDS)
         self.unwritten = False
-        self.states: dict[Path, range] = {}
 
     def prepare(self, record: Record, make: Callable[[], None]) -> None:
         self.share.prepare(record, make, functools.partial(self._write, record))
@@ -265,46 +291,54 @@ class _Journal(Journal):
     def load_state(self, block: range) -> State | None:
         if self.path is None:
             return None
-        path = _state_path(self.path, block)
         self.share.meet()
-        found = results.read_state(path)
+        found = results.read_state(_state_path(self.path, block))
         self.share.meet()
-        if found is None or found[1].get("key") != self.key:
-            return None
-        self.states[path] = block
-        return found[0]
+        return found[0] if found is not None and found[1].get("key") == self.key else None
 
     def save_state(self, block: range, state: Callable[[], State]) -> None:
-        if self.path is not None and self.share.keeps_states and self.state_spacing.due():
-            path = _state_path(self.path, block)
+        if self.path is not None and self.share.writes and self.state_spacing.due():
             with self.state_spacing:
-                results.write_state(path, state(), {"key": self.key})
-            self.states[path] = block
+                results.write_state(_state_path(self.path, block), state(), {"key": self.key})
 
     def _write(self, record: Record) -> None:
-        if self.path is None:
+        if self.path is None or not self.share.writes:
             return
         if self.share.main and "done" in record and record["done"].any():
             record.variables.update(self.metric.summarize(record))
         with self.spacing:
             self.share.write(record)
         self.unwritten = False
-        for path, block in list(self.states.items()):
-            if (
-                "done" in record and record["done"][block.start : block.stop].all()
-            ):  # their results are safe now
-                path.unlink(missing_ok=True)
-                del self.states[path]
+        _delete_states(self.path, record)
 
 
 def _state_path(path: Path, block: range) -> Path:
-    return path.parent / ".parts" / f"{path.stem}.state-{block.start}.safetensors"
+    which = "prepare" if block == PREPARATION else block.start
+    return path.parent / _PARTS / f"{path.stem}.state-{which}.safetensors"
+
+
+def kept_in(path: Path) -> Path | None:
+    """Return where the work on a result is kept: its file, or the state of what comes before; None for nowhere."""
+    return next((place for place in (path, _state_path(path, PREPARATION)) if place.exists()), None)
+
+
+def _delete_states(path: Path, record: Record) -> None:
+    """Delete the states of what is in the file; a kill may have come between its writing and this."""
+    size, done = record.attrs["block_size"], record["done"] if "done" in record else np.zeros(0, bool)
+    with contextlib.suppress(OSError):
+        for state in (path.parent / _PARTS).iterdir():
+            found = re.fullmatch(rf"{re.escape(path.stem)}\.state-(prepare|[0-9]+)\.safetensors", state.name)
+            if found is None:
+                continue
+            block = done[int(found[1]) :][:size] if found[1] != "prepare" else np.ones(1, bool)
+            if record.attrs["complete"] or (len(block) and block.all()):
+                state.unlink()
 
 
 class _Spacing:
     """Tells when writing again keeps it under its share of the time; measures each writing."""
 
-    def __init__(self, first_after: float = 0.0) -> None:
+    def __init__(self, first_after: float) -> None:
         self.ended, self.wait = time.monotonic(), first_after
 
     def due(self) -> bool:

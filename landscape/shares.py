@@ -7,13 +7,12 @@ the measurement's own (`landscape.parts`); ranks tell each other when these are 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from landscape import identity, parts, ranks, results, rounds, sharded
+from landscape import identity, lock, parts, ranks, results, rounds, sharded
 from landscape.errors import RankLost, Refused
 from landscape.problem import Problem
 from landscape.ranks import Team
@@ -85,12 +84,12 @@ class Share:
         path: the measurement's file; None writes nothing.
         main: whether this process writes that file.
         world: how many processes measure together.
-        keeps_states: whether this process writes the states of sequential blocks.
+        writes: whether this process writes anything.
     """
 
     main = True
     world = 1
-    keeps_states = True
+    writes = True
 
     def __init__(self, path: Path | None):
         self.path = path
@@ -198,7 +197,7 @@ class PartShare(Share):
     def prepare(self, record: Record, make: Callable[[], None], write: Write) -> None:  # noqa: ARG002
         """Prepare, unless another part was sooner."""
         make()
-        with _locked(self.result):
+        with lock.held(self.result, wait=True):
             if self.result.exists():
                 first = results.read(self.result)
                 identity.require_same(self.result, first, record.attrs)
@@ -310,7 +309,7 @@ class DataShare(Share):
     def __init__(self, path: Path | None, team: Team, groups: contextlib.ExitStack):
         super().__init__(path)
         self.team, self.main, self.world = team, team.rank == 0, team.size
-        self.keeps_states, self._groups = self.main, groups
+        self.writes, self._groups = self.main, groups
 
     def divided(self, problem: Problem) -> Problem:
         """The problem whose sums run over all ranks."""
@@ -360,16 +359,6 @@ def _agree(team: Team, about: dict[str, Any]) -> None:
                 f"rank {rank} measures something else than rank 0; different: {'; '.join(found)}. Every rank needs "
                 "the same model and all of the data (no DistributedSampler): ranks divide the work themselves"
             )
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep the other parts from making the file at the same time."""
-    place = path.parent / ".parts" / f"{path.stem}.first"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.open("a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
 
 
 def _stand_in(path: Path | None, team: Team, lost: RankLost) -> None:

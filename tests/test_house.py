@@ -18,7 +18,7 @@ PACKAGE = ROOT / "landscape"
 # Floor of each module; a package's base lies below its siblings. A file imports only from lower floors.
 FLOORS = [
     {"_version", "errors"},
-    {"atomic", "provenance", "record", "refinement", "seeds", "vectors"},
+    {"atomic", "provenance", "record", "refinement", "seeds", "stages", "vectors"},
     {
         "grids",
         "batches",
@@ -26,6 +26,7 @@ FLOORS = [
         "convolution",
         "guard",
         "kernels",
+        "lock",
         "losses",
         "scales",
         "strict",
@@ -133,6 +134,7 @@ FLOORS = [
     {"sharpness.search", "sharpness.noise", "sharpness.estimate"},
     {"sharpness.trial"},
     {"sharpness"},
+    {"metrics.base_journal"},
     {"metrics.base"},
     {"metrics.registry", "metrics.base_ends", "metrics.base_trace"},
     {"metrics.*"},
