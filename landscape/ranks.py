@@ -231,7 +231,7 @@ class Team:
                 if all(self._read(f"left/{rank}") is not None for rank in self.others):
                     return None
             except RankLost as unreachable:
-                return unreachable
+                return None if isinstance(error, KeyboardInterrupt) else unreachable
             if self._count > end + 2 or not self._thread.is_alive():
                 return None
             time.sleep(_LONG)
@@ -327,13 +327,15 @@ class Team:
         self.post(f"gone/{self.rank}")
 
     def _see_off(self) -> None:
-        """Where this rank keeps the store, let the others read why it goes."""
-        if self.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        """Where a rank keeps the store, it lets the others read why it goes."""
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return
         end = self._count + _GRACE / _BEAT
         with contextlib.suppress(RankLost):
-            while self._count < end and self._thread.is_alive():
-                if all(self._read(f"left/{rank}") or _is_gone(self._process(rank)) for rank in self.others):
+            if self.rank:
+                self.post(f"gone/{self.rank}")
+            while not self.rank and self._count < end and self._thread.is_alive():
+                if all(self._read(f"gone/{r}") is not None or _is_gone(self._process(r)) for r in self.others):
                     return
                 time.sleep(_LONG)
 
