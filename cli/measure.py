@@ -106,8 +106,7 @@ class _Run:
                             metric, target.problem, out=folder, seed=self.options["seed"],
                             overwrite=self.options["overwrite"], check=not self.options["no_check"],
                             progress=progress, memory=self.options["memory"], wait=self.options["wait"],
-                            shard=self.options["shard"], part=self.options["part"],
-                            timeout=self.options["timeout"],
+                            shard=self.options["shard"], part=self.options["part"], timeout=self.options["timeout"],
                         )  # fmt: skip
                         progress.close()
                         if self.options["part"] and not found.attrs["complete"]:
@@ -159,7 +158,8 @@ class _Run:
         return f"{cut}, {plan.block} vectors at once; {about} of {memory.in_words(allowed)} beside the model"
 
     def _targets(self) -> Iterator[tuple[Target, Path]]:
-        for index, target in enumerate(self.request.targets(say)):
+        tell = say if self.speaks else lambda _: None
+        for index, target in enumerate(self.request.targets(tell)):
             yield target, self.out / self.labels[index] if self.labels else self.out
 
     def _warn_of_tolerance(self, rows: list[report.Summary]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from landscape import identity, parts, results, rounds
+from landscape import identity, lock, parts, results, rounds
 from landscape.errors import Refused
 from landscape.metrics import registry
 from landscape.metrics.base import Metric, finish, open_round
@@ -42,10 +42,16 @@ def merge(path: Path | str, metric: type[Metric] | None = None) -> Merged:
         metric: its class; looked up by its name where it is registered.
 
     Raises:
-        Refused: if a part is missing, not finished or of another measurement; nothing is changed then.
+        Refused: if a part is missing, not finished or of another measurement, or if another process is
+            measuring into the file; nothing is changed then.
         ResultsError: if a file cannot be read or written.
     """
     path = Path(path)
+    with lock.held(path):
+        return _merged(path, metric)
+
+
+def _merged(path: Path, metric: type[Metric] | None) -> Merged:
     record = results.read(path)
     found = [(place, parts.read(place)) for place in parts.paths(path)]
     _require_alike(record, found)

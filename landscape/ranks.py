@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TIMEOUT = 120.0  # seconds of silence after which a rank is lost
 _BEAT = 0.25  # seconds between two beats
 _SURE = 4.0  # seconds of silence that tell, once something has failed, whose fault it was
+_GRACE = 2.0  # seconds that who keeps the store gives the others to read why it goes
 _SHORT, _LONG = 2e-4, 0.02  # seconds between two looks, at first and after a while
 
 _store: Store | None = None  # of this process: a launcher's can be joined once
@@ -152,6 +153,7 @@ class Team:
                 self._part()
             else:
                 self.leave(error)
+                self._see_off()
         finally:
             self._stop.set()
             self._thread.join()
@@ -229,7 +231,7 @@ class Team:
                 if all(self._read(f"left/{rank}") is not None for rank in self.others):
                     return None
             except RankLost as unreachable:
-                return unreachable
+                return None if isinstance(error, KeyboardInterrupt) else unreachable
             if self._count > end + 2 or not self._thread.is_alive():
                 return None
             time.sleep(_LONG)
@@ -283,6 +285,7 @@ class Team:
                 "measurements (or measure alone: shard='none', --shard none)",
                 never,
             )
+        self.leaving = True
         self._end(quiet)
         return RankLost(f"{self._named(quiet)} stopped: no sign of life for {seconds:g} s", quiet)
 
@@ -322,6 +325,21 @@ class Team:
         self._stop.set()
         self._thread.join()
         self.post(f"gone/{self.rank}")
+
+    def _see_off(self) -> None:
+        """Where a rank keeps the store, it lets the others read why it goes."""
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        end = self._count + _GRACE / _BEAT
+        with contextlib.suppress(RankLost):
+            if self.rank:
+                self.post(f"gone/{self.rank}")
+            while not self.rank and self._count < end and self._thread.is_alive():
+                if all(
+                    self._read(f"gone/{r}") is not None or _is_gone(self._process(r)) for r in self.others
+                ):
+                    return
+                time.sleep(_LONG)
 
     def _process(self, rank: int) -> dict[str, Any]:
         if rank not in self._who:

@@ -116,30 +116,37 @@ def measure(
         ResultsError: if the file cannot be read or written.
         ValueError: for a part that cannot be.
     """
-    memory = MEMORY if memory is None else memory
     path = None if out is None else result_path(out, metric)
 
     def waiting(text: str) -> None:
         if progress is not None:
             progress(Progress(metric.name, 0, None, text))
 
-    with (
-        shares.of(path, shard, part, timeout) as share,
-        lock.held(share.locked, wait=wait, tell=waiting),
-    ):
-        return _measure(metric, problem, share, seed, overwrite, check, progress, memory)
+    with shares.of(path, shard, part, timeout) as share, lock.held(share.locked, wait=wait, tell=waiting):
+        return _measure(
+            metric,
+            problem,
+            share,
+            seed=seed,
+            overwrite=overwrite,
+            check=check,
+            progress=progress,
+            memory=MEMORY if memory is None else memory,
+        )
 
 
 def _measure(
     metric: Metric,
     problem: Problem,
     share: Share,
+    *,
     seed: int,
     overwrite: bool,
     check: bool,
     progress: Callable[[Progress], None] | None,
     memory: int,
 ) -> xarray.Dataset:
+    """Measure into a file that no other process measures into, but for those who share the work."""
     path, record, about = share.path, None, None
     share.begin(overwrite=overwrite)
     problem = share.divided(problem)
@@ -152,7 +159,8 @@ def _measure(
         identity.require_same(path, record, about)
         record.attrs["configuration"] = about["configuration"]
         if record.attrs.get("complete") and metric.units(record) is None:
-            _delete_states(path, record)
+            if share.main:
+                _delete_states(path, record)
             return record.to_xarray()
     stored = record.attrs.get("memory_plan") if record else None
     plan = Plan(**stored) if stored else memory_plan(metric, problem, memory, check=check)
@@ -298,12 +306,12 @@ class _Journal(Journal):
         return found[0] if found is not None and found[1].get("key") == self.key else None
 
     def save_state(self, block: range, state: Callable[[], State]) -> None:
-        if self.path is not None and self.share.keeps_states and self.state_spacing.due():
+        if self.path is not None and self.share.writes and self.state_spacing.due():
             with self.state_spacing:
                 results.write_state(_state_path(self.path, block), state(), {"key": self.key})
 
     def _write(self, record: Record) -> None:
-        if self.path is None:
+        if self.path is None or not self.share.writes:
             return
         if self.share.main and "done" in record and record["done"].any():
             record.variables.update(self.metric.summarize(record))

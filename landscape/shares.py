@@ -58,10 +58,10 @@ def of(path: Path | None, shard: str, part: tuple[int, int] | None, timeout: flo
             groups.pop_all()
             lost = team.lost(error)
             team.leave(lost or error)
-            if lost is None or lost is error:
+            if lost is None:
                 raise
             _stand_in(path, team, lost)
-            raise lost from error
+            raise lost from (None if lost is error else error)
 
 
 def _part(path: Path | None, part: tuple[int, int]) -> Share:
@@ -84,12 +84,12 @@ class Share:
         path: the measurement's file; None writes nothing.
         main: whether this process writes that file.
         world: how many processes measure together.
-        keeps_states: whether this process writes the states of sequential blocks.
+        writes: whether this process writes anything.
     """
 
     main = True
     world = 1
-    keeps_states = True
+    writes = True
 
     def __init__(self, path: Path | None):
         self.path = path
@@ -309,7 +309,7 @@ class DataShare(Share):
     def __init__(self, path: Path | None, team: Team, groups: contextlib.ExitStack):
         super().__init__(path)
         self.team, self.main, self.world = team, team.rank == 0, team.size
-        self.keeps_states, self._groups = self.main, groups
+        self.writes, self._groups = self.main, groups
 
     def divided(self, problem: Problem) -> Problem:
         """The problem whose sums run over all ranks."""
@@ -361,10 +361,11 @@ def _agree(team: Team, about: dict[str, Any]) -> None:
             )
 
 
-def _stand_in(path: Path | None, team: Team, error: BaseException) -> None:
-    if path is None or not isinstance(error, RankLost) or 0 not in error.ranks or not path.exists():
+def _stand_in(path: Path | None, team: Team, lost: RankLost) -> None:
+    """Say in the file how it ended, where rank 0 is lost: the first of those that are left."""
+    if path is None or 0 not in lost.ranks or not path.exists():
         return
-    if team.rank == min(rank for rank in range(team.size) if rank not in error.ranks):
+    if team.rank == min(rank for rank in range(team.size) if rank not in lost.ranks):
         record = results.read(path)
         record.attrs["exit_code"] = _INTERRUPTED
         results.write(path, record)

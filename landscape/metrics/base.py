@@ -365,7 +365,7 @@ def _evaluate(
     with problem.session(), stages.within(None):
         if "block_size" not in record.attrs:
             record.attrs["memory"] = memory
-            journal.prepare(record, functools.partial(_prepare, metric, problem, seed, record, journal))
+            journal.prepare(record, functools.partial(_prepare, metric, problem, seed, journal, record))
         while True:
             if _measure_open_blocks(metric, problem, seed, record, journal):
                 return record
@@ -378,7 +378,7 @@ def _evaluate(
     return record
 
 
-def _prepare(metric: Metric, problem: Problem, seed: int, record: Record, journal: Journal) -> None:
+def _prepare(metric: Metric, problem: Problem, seed: int, journal: Journal, record: Record) -> None:
     with Accounts(record, problem, journal) as accounts, accounts.staged(PREPARATION):
         shared = metric.prepare(problem, seed)
     record.variables.update(shared.variables)

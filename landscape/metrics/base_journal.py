@@ -35,6 +35,8 @@ class Journal:
     It also knows who else is at work: others may prepare, or measure some of a round's blocks.
     """
 
+    books: stages.Books | None = None
+
     def prepare(self, record: Record, make: Callable[[], None]) -> None:
         """Put what all units share into the record, by `make` or from who made it."""
         make()
@@ -47,8 +49,6 @@ class Journal:
     def gather(self, record: Record) -> bool:  # noqa: ARG002
         """Take in what others measured of the round; False where some of it is still to come."""
         return True
-
-    books: stages.Books | None = None
 
     def commit(self, record: Record, *, final: bool = False) -> None:
         """Take note of the units that are done; `final` after the last."""

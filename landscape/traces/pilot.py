@@ -24,9 +24,9 @@ from landscape import ggn_trace, seeds
 from landscape.errors import Refused
 from landscape.estimators.stopping import stopping_counts
 from landscape.problem import Problem
-from landscape.second_differences import quadratics
+from landscape.second_differences import parts, quadratics
 from landscape.traces.plan import EXAMPLES_PER_PROBE, PAIRS, Plan
-from landscape.traces.probing import drawn, drawn_quadratics
+from landscape.traces.probing import averaged, drawn
 
 Array = np.ndarray
 
@@ -137,7 +137,11 @@ def run(problem: Problem, seed: int) -> Pilot:
     with problem.session():
         operations = _operations(first) / measured
         group = _group(_PRODUCT, _DRAWN["products"], problem.size / operations, largest)
-        residual, ggn = drawn_quadratics(first, group, streams[:_PROBES]).T
+        both = averaged(
+            first, group, lambda part: drawn(part, streams[:_PROBES]), parts,
+            torch.zeros(_PROBES, 2, dtype=torch.float64),
+        )  # fmt: skip
+        residual, ggn = both.T.numpy()
         products, differences = _compared(first, group, seed)
         group = _group(_REVERSE, _READ, problem.size / operations, largest)
         output, columns = _outputs(first, group, streams[_PROBES:])

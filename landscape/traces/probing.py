@@ -18,7 +18,7 @@ from landscape import ggn_trace, residual
 from landscape.estimators.probes import draw, probe_gram
 from landscape.plain_passes import Autocast
 from landscape.problem import Problem
-from landscape.second_differences import Centre, quadratics
+from landscape.second_differences import parts, quadratics
 from landscape.traces.plan import Plan
 
 Product = Callable[[Problem, Tensor], Tensor]
@@ -53,37 +53,62 @@ def product_of(plan: Plan) -> Product:
 
 def independent(problem: Problem, plan: Plan, generators: Sequence[torch.Generator]) -> Tensor:
     """Gram matrices of probes by products, one probe per generator and group, (layers, k, k)."""
-    layers, weights = torch.zeros((), device=problem.device), 0.0
     product = product_of(plan)
     with _precision(problem, plan) as working:
-        for part, weight in working.split(plan.examples):
-            V = drawn(part, generators)
-            layers = layers + weight * grams(part, V, product(part, V))
-            weights += weight
+        layers = averaged(
+            working, plan.examples, lambda part: drawn(part, generators),
+            lambda part, V: grams(part, V, product(part, V)), blank_grams(len(problem.names), problem, generators),
+        )  # fmt: skip
     problem.cost.matvecs += len(generators)
-    return layers / weights
+    return layers
+
+
+def blank_grams(layers: int, problem: Problem, generators: Sequence[torch.Generator]) -> Tensor:
+    """Zeros for the Gram matrices of one probe per generator, (layers, k, k)."""
+    k = len(generators)
+    return torch.zeros(layers, k, k, dtype=torch.float64, device=problem.device)
+
+
+def averaged(
+    problem: Problem,
+    examples: int,
+    draw: Callable[[Problem], Tensor],
+    measured: Callable[[Problem, Tensor], Tensor],
+    into: Tensor,
+) -> Tensor:
+    """The weighted mean over micro-batches of what is measured there at what is drawn for it.
+
+    Ranks that have divided the data all draw everything, so that streams go on alike, and measure their own.
+
+    Args:
+        problem: on all data.
+        examples: of a micro-batch.
+        draw: vectors for a micro-batch.
+        measured: a tensor, at those vectors.
+        into: zeros of its shape, float64.
+    """
+    shard = problem.shard
+
+    def add_up() -> tuple[float]:
+        weights = 0.0
+        every = ((part, weight, draw(part)) for part, weight in problem.split(examples))
+        for part, weight, V in every if shard is None else shard.own(every):
+            into.add_(weight * measured(part, V))
+            weights += weight
+        return (weights,)
+
+    weights = add_up()[0] if shard is None else shard.add("a trace", add_up, into)[0]
+    return into.div_(weights)
 
 
 def differences(problem: Problem, plan: Plan, generators: Sequence[torch.Generator]) -> np.ndarray:
     """v·Av by second differences, one probe per generator and group, (k,)."""
-    both = drawn_quadratics(problem, plan.examples, generators)
+    found = averaged(
+        problem, plan.examples, lambda part: drawn(part, generators), parts,
+        torch.zeros(len(generators), 2, dtype=torch.float64),
+    )  # fmt: skip
     problem.cost.values += 2 * len(generators)
-    return both[:, 0] if plan.matrix == "residual" else both.sum(axis=1)
-
-
-def drawn_quadratics(problem: Problem, examples: int, generators: Sequence[torch.Generator]) -> np.ndarray:
-    """v·Rv and v·Gv by second differences, one probe per generator and group of examples, (k, 2).
-
-    Drawn one after the other: a block of them would be copied more than it is used.
-    """
-    found, weights = np.zeros((len(generators), 2)), 0.0
-    with problem.session(), torch.no_grad():
-        for part, weight in problem.split(examples):
-            centre, scale = Centre(part, next(iter(part.batches))), part.evaluator.scale(weight)
-            for k, generator in enumerate(generators):
-                found[k] += np.multiply(scale, centre.along(drawn(part, [generator])[:, 0]))
-            weights += weight
-    return found / weights
+    return (found[:, 0] if plan.matrix == "residual" else found.sum(dim=1)).numpy()
 
 
 def output_samples(problem: Problem, plan: Plan, generators: Sequence[torch.Generator]) -> np.ndarray:
