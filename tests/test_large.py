@@ -19,7 +19,8 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory: pytest.TempPathFactory) -> landscape.Problem:
     spec = importlib.util.spec_from_file_location("large_problem", BENCHMARKS / "large_problem.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = sys.modules["large_problem"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     made: landscape.Problem = module.make_problem("tiny", str(tmp_path_factory.mktemp("large")))

@@ -429,9 +429,9 @@ class _charged:  # noqa: N801  (reads as a verb where it is used)
         self.before, self.began = dataclasses.replace(self.problem.cost), time.perf_counter()
 
     def __exit__(self, *error: object) -> None:
+        _note_products(self.record, self.problem)
         if error[0] is not None:
             return
-        _note_products(self.record, self.problem)
         spent = {key: getattr(self.problem.cost, key) - count for key, count in vars(self.before).items()}
         seconds = time.perf_counter() - self.began
         for key, spent_now in {**spent, "wall_seconds": seconds}.items():
