@@ -124,7 +124,7 @@ def test_the_simulated_device_is_strict() -> None:
         x = torch.ones(3, device=device)
         assert (x + torch.tensor(1.0)).cpu().tolist() == [2.0, 2.0, 2.0]  # numbers may come from the CPU
         for wrong in (
-            lambda: x + torch.ones(3), lambda: x.numpy(), lambda: np.asarray(x),
+            lambda: x + torch.ones(3), x.numpy, lambda: np.asarray(x),
             lambda: torch.randn(3, generator=torch.Generator(), device=device),
         ):  # fmt: skip
             with pytest.raises((RuntimeError, TypeError)):
