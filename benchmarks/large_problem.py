@@ -56,7 +56,7 @@ class Size:
 SIZES = {
     "full": Size(768, 12, 50257, 128, learned=60, epochs=5, lr=3e-4),
     "small": Size(192, 5, 4096, 128, learned=60, epochs=5, lr=1e-3),
-    "tiny": Size(192, 5, 4096, 32, learned=32, epochs=4, lr=2e-3),
+    "tiny": Size(192, 5, 4096, 16, learned=24, epochs=4, lr=2e-3),
 }
 
 

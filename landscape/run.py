@@ -382,6 +382,7 @@ def _described(metric: Metric, problem: Problem, origin: dict[str, Any]) -> dict
         "torch_version": str(torch.__version__),
         "model_dtype": precision(problem.evaluator.model),
         "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "headline": metric.headline,
         "told": list(metric.told),
         "listed": list(metric.listed),

@@ -101,15 +101,17 @@ class Krylov:
 
     def add(self, vector: Tensor) -> bool:
         """Begin a chain with a given vector; False where it lies in the space already."""
-        x = vector.double()
+        return self._begin(vector.to(torch.float64, copy=True))
+
+    def _begin(self, x: Tensor) -> bool:
+        """The same; x is float64, and is used up."""
         length = float(torch.linalg.vector_norm(x))
         if self.full or length == 0.0:
             return False
-        x = x / length
-        _, rest = self._orthogonalise(x, 1.0)
+        _, rest = self._orthogonalise(x.div_(length), 1.0)
         if rest <= 1e3 * torch.finfo(self.vectors.dtype).eps:
             return False
-        self._append(x / rest)
+        self._append(x.div_(rest))
         return True
 
     def draw(self, seed: int, name: str) -> None:
@@ -122,7 +124,7 @@ class Krylov:
         while not begun and not self.full:
             normal = draw(generator(seed, name, self.draws), n, 1, "gaussian", device=self.vectors.device)
             self.draws += 1
-            begun = self.add(normal[:, 0])
+            begun = self._begin(normal[:, 0])
         if self.expanded.any():
             self.goal = self.goal or self.steps
         self.chains, self.steps = self.chains + 1, 0
@@ -147,7 +149,7 @@ class Krylov:
             C[: len(c), i] += c
             if rest > negligible and not self.full:
                 C[self.rows, i] = rest
-                self._append(X[i] / rest)
+                self._append(X[i].div_(rest))
             else:
                 self.rounding = max(self.rounding, rest)
         self._learn(columns, C[: self.rows], before)
@@ -296,7 +298,7 @@ def product(A: Operator, rows: Tensor) -> Tensor:
         ValueError: if the product has another shape or is not finite.
     """
     block = rows.to(A.dtype)
-    out = A @ (block[0].clone() if len(block) == 1 else block.T.contiguous())
+    out = A @ (block[0] if len(block) == 1 else block.T.contiguous())
     if out.numel() != rows.numel():
         raise ValueError(
             f"A @ V has shape {tuple(out.shape)} for V of shape {tuple(block.T.shape)}; allowed is the same"
