@@ -18,7 +18,7 @@ PACKAGE = ROOT / "landscape"
 # Floor of each module; a package's base lies below its siblings. A file imports only from lower floors.
 FLOORS = [
     {"_version", "errors", "limits"},
-    {"atomic", "opening", "provenance", "record", "refinement", "seeds", "vectors"},
+    {"atomic", "foreign", "opening", "provenance", "record", "refinement", "seeds", "vectors"},
     {"checkpoint_files", "parcel", "tensor_file"},
     {
         "grids",
@@ -145,6 +145,7 @@ FLOORS = [
 ]
 # Within a floor, from the bottom up.
 ORDER = {
+    "foreign": 1,
     "products": 0, "evaluator": 0, "averages": 1, "product_checks": 2, "checks": 3, "convolution": 0, "kernels": 1,
     "directions.paths": 1, "accuracy": 0, "folding": 0, "passes": 1, "displaced": 2,
     "transforms.fields": 0, "transforms.layout": 1, "curvature_columns": 0, "output_curvature": 1,
@@ -154,7 +155,16 @@ ORDER = {
     "training.layers": 0, "training.spectral": 0, "training.low_curvature": 1, "training": 2,
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}
-TORCH_FREE |= {"limits", "opening", "parcel", "reading", "reading_server", "tensor_file", "checkpoint_files"}
+TORCH_FREE |= {
+    "limits",
+    "opening",
+    "parcel",
+    "reading",
+    "reading_server",
+    "tensor_file",
+    "checkpoint_files",
+    "foreign",
+}
 TORCH_FREE |= {"training.coreset"}
 
 
