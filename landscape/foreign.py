@@ -5,8 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from landscape.atomic import ResultsError
+
+if TYPE_CHECKING:
+    from landscape.record import Record
+
+
+def require_usable(path: Path, record: Record, metric: Any) -> None:
+    """Refuse to go on from a measurement that its metric cannot make sense of.
+
+    Args:
+        path: of the file.
+        record: what it holds.
+        metric: a `landscape.metrics.base.Metric`.
+
+    Raises:
+        ResultsError: if its values cannot be summarized.
+    """
+    with understood(path):
+        if "block_size" in record.attrs and "done" in record and record["done"].any():
+            metric.summarize(record)
+        if record.attrs.get("complete"):
+            metric.units(record)
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from landscape import foreign, product_checks, provenance, results
 from landscape import memory as footprint
-from landscape import product_checks, provenance, results
 from landscape.checks import Need, Report
 from landscape.errors import Refused
 from landscape.memory import Plan
@@ -95,6 +95,7 @@ def measure(
             record = results.read(path)
             identity = _identity(metric, problem, seed, memory, problem.data_fingerprint())
             _require_same(path, record, identity)
+            foreign.require_usable(path, record, metric)
             if record.attrs.get("complete") and metric.units(record) is None:
                 return record.to_xarray()
     stored = record.attrs.get("memory_plan") if record else None

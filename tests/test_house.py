@@ -19,7 +19,7 @@ PACKAGE = ROOT / "landscape"
 FLOORS = [
     {"_version", "errors", "limits"},
     {"atomic", "foreign", "opening", "provenance", "record", "refinement", "seeds", "vectors"},
-    {"checkpoint_files", "parcel", "tensor_file"},
+    {"bookkeeping", "checkpoint_files", "parcel", "tensor_file"},
     {
         "grids",
         "batches",
@@ -156,6 +156,7 @@ ORDER = {
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}
 TORCH_FREE |= {
+    "bookkeeping",
     "limits",
     "opening",
     "parcel",
