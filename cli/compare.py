@@ -34,20 +34,18 @@ def command(runs: tuple[Path, ...], as_json: bool, out: Path | None) -> None:
     One line for each number that any of them holds; of two runs also their difference, in standard errors
     where both have one. What differs in settings, data, precision or seed is said below.
     """
+    from landscape import foreign
+
     if len(runs) < 2:
         raise click.UsageError("compare takes two runs or more; landscape show tells what one holds")
     held = [_records(run) for run in runs]
-    if as_json:
-        emit(
-            report.dump(
-                [
-                    {"run": str(run), "measurements": _plain(found)}
-                    for run, found in zip(runs, held, strict=True)
-                ]
-            )
-        )
-    else:
-        emit("\n".join([report.aligned(list(_lines(runs, held))), *_differences(runs, held)]))
+    with foreign.understood("one of these runs"):
+        if as_json:
+            both = zip(runs, held, strict=True)
+            told = report.dump([{"run": str(run), "measurements": _plain(found)} for run, found in both])
+        else:
+            told = "\n".join([report.aligned(list(_lines(runs, held))), *_differences(runs, held)])
+    emit(told)
     if out:
         _draw(held, out)
 

@@ -185,7 +185,7 @@ def _named(args: list[str]) -> list[str]:
 def _metric_flags(specs: list[str], taken: list[str]) -> MetricFlags:
     from landscape.metrics import registry
 
-    known: dict[str, type[Metric]] = registry.registered()
+    known: dict[str, type[Metric]] = registry.shipped()
     if not specs:
         return MetricFlags(known, known, taken)
     named: dict[str, type[Metric]] = {}

@@ -74,10 +74,13 @@ class Request:
 
     def labels(self) -> list[str]:
         """The name of each checkpoint's run: its stem, or with its folder in front where stems repeat."""
-        stems = [path.stem for path in self.checkpoints]
+        # "...pt" has the stem "..", which as a directory leads out of the run's
+        stems = [path.stem.lstrip(".") or "checkpoint" for path in self.checkpoints]
         if len(set(stems)) == len(stems):
             return stems
-        folders = ["-".join(path.resolve().with_suffix("").parts[-2:]) for path in self.checkpoints]
+        folders = [
+            f"{path.resolve().parent.name}-{stem}" for path, stem in zip(self.checkpoints, stems, strict=True)
+        ]
         if len(set(folders)) == len(folders):
             return folders
         raise click.UsageError(

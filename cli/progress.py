@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
 from types import TracebackType
@@ -17,17 +18,24 @@ if TYPE_CHECKING:
     from landscape.run import Progress
 
 SECONDS_BETWEEN_LINES = 60.0
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def say(text: str) -> None:
     """Write one line to stderr."""
-    click.echo(f"landscape: {text}", err=True)
+    click.echo(f"landscape: {visible(text)}", err=True)
+
+
+def visible(text: str) -> str:
+    """Return a text without what moves a terminal's cursor or the reading direction: a file may hold it."""
+    plain = _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return plain.encode("utf-8", "backslashreplace").decode()
 
 
 def emit(text: str) -> None:
     """Write a result to stdout; a reader that has seen enough (`| head`) is no error."""
     try:
-        click.echo(text)
+        click.echo(visible(text))
     except BrokenPipeError:
         # what follows, and Python's own flush at the end, must not meet the broken pipe again
         with contextlib.suppress(OSError, ValueError):

@@ -57,22 +57,24 @@ def command(run: Path, as_json: bool) -> int:
     For each measurement: its headline with standard error, configuration, model, seed, versions, cost, and
     how much of it is done.
     """
-    from landscape import results
+    from landscape import foreign, results
 
     failed = 0
     shown: list[dict[str, Any]] = []
     for index, path in enumerate(files(run)):
         try:
             record = results.read(path)
+            with foreign.understood(path):
+                if as_json:
+                    shown.append(report.as_json(record, path) | {"complete": completeness(record)[1]})
+                    continue
+                told = text(record, path)
         except results.ResultsError as error:
             # the other measurements of the run are still worth showing
             say(" ".join(str(error).split()))
             failed = 3
             continue
-        if as_json:
-            shown.append(report.as_json(record, path) | {"complete": completeness(record)[1]})
-        else:
-            emit(("\n" if index else "") + text(record, path))
+        emit(("\n" if index else "") + told)
     if as_json:
         emit(report.dump(shown))
     return failed

@@ -11,7 +11,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from landscape import atomic, netcdf, reading, tensors
+from landscape import atomic, bookkeeping, netcdf, reading, tensors
 from landscape.atomic import ResultsError, clean_leftovers, require_writable
 from landscape.provenance import provenance
 from landscape.record import Record, Variable, check
@@ -83,8 +83,12 @@ def read(path: Path | str) -> Record:
             raise ResultsError(
                 f"{beside}: {name} does not fit dims {entry['dims']}; restore both files from a copy"
             )
+        if name in record.variables:
+            raise ResultsError(f"{path} and its sidecar both hold {name}; restore both files from a copy")
         labels = (entry["units"], entry["long_name"])
         record.variables[name] = Variable(entry["dims"], arrays[name], *labels, sidecar=True)
+    if fault := bookkeeping.fault(record):
+        raise ResultsError(f"{path}: {fault}; it was changed: restore it from a copy, or measure again")
     return record
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from landscape import identity, lock, product_checks, provenance, ranks, results, shares
+from landscape import foreign, identity, lock, product_checks, provenance, ranks, results, shares
 from landscape import memory as footprint
 from landscape._version import __version__
 from landscape.checks import Need, Report
@@ -158,6 +158,7 @@ def _measure(
         share.agree(about)
         identity.require_same(path, record, about)
         record.attrs["configuration"] = about["configuration"]
+        foreign.require_usable(path, record, metric)
         if record.attrs.get("complete") and metric.units(record) is None:
             if share.main:
                 _delete_states(path, record)

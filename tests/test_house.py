@@ -18,8 +18,8 @@ PACKAGE = ROOT / "landscape"
 # Floor of each module; a package's base lies below its siblings. A file imports only from lower floors.
 FLOORS = [
     {"_version", "errors", "limits"},
-    {"atomic", "opening", "provenance", "record", "refinement", "seeds", "stages", "vectors"},
-    {"checkpoint_files", "parcel", "tensor_file"},
+    {"atomic", "foreign", "opening", "provenance", "record", "refinement", "seeds", "stages", "vectors"},
+    {"bookkeeping", "checkpoint_files", "parcel", "tensor_file"},
     {
         "grids",
         "batches",
@@ -162,6 +162,7 @@ FLOORS = [
 ]
 # Within a floor, from the bottom up.
 ORDER = {
+    "foreign": 1,
     "products": 0, "evaluator": 0, "averages": 1, "product_checks": 2, "checks": 3, "convolution": 0,
     "matmul": 0, "kernels": 1,
     "directions.paths": 1, "accuracy": 0, "folding": 0, "passes": 1, "displaced": 2,
@@ -172,7 +173,17 @@ ORDER = {
     "training.layers": 0, "training.spectral": 0, "training.low_curvature": 1, "training": 2,
 }  # fmt: skip
 TORCH_FREE = {"results", "record", "atomic", "provenance", "strict", "netcdf", "tensors", "plots", "plots.*"}
-TORCH_FREE |= {"limits", "opening", "parcel", "reading", "reading_server", "tensor_file", "checkpoint_files"}
+TORCH_FREE |= {
+    "bookkeeping",
+    "limits",
+    "opening",
+    "parcel",
+    "reading",
+    "reading_server",
+    "tensor_file",
+    "checkpoint_files",
+    "foreign",
+}
 TORCH_FREE |= {"training.coreset"}
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from landscape import atomic, tensors
+from landscape import atomic, tensor_file, tensors
 from landscape.errors import Refused
 
 if TYPE_CHECKING:
@@ -130,22 +129,24 @@ def load(path: Path | str, problem: Problem) -> Directions:
     """
     path = Path(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            notes = file.metadata() or {}
+        with tensor_file.opened(path, most=1) as file:
+            notes = file.metadata
             if notes.get("format") != _FORMAT:
                 raise Refused(f"{path} holds no directions; Directions.save writes such a file")
-            vectors = file.get_tensor("directions")
-    except (SafetensorError, OSError) as error:
-        raise Refused(f"{path} cannot be read as directions: {str(error).splitlines()[0]}") from error
-    if tensors.digest(vectors.numpy()) != notes.get("blake2b"):
-        raise Refused(f"{path} is damaged: its directions differ from their hash")
-    ranges = {name: (span[0], span[1]) for name, span in json.loads(notes["ranges"]).items()}
-    require_same(path, ranges, notes["parameters_fingerprint"], problem)
-    origin = {**json.loads(notes["origin"]), "file": path.name}
-    vectors = vectors.to(problem.device, problem.dtype)
-    return Directions(
-        vectors, tuple(json.loads(notes["labels"])), origin, ranges, notes["parameters_fingerprint"]
-    )
+            found = tensors.array_of(file, "directions")
+        if tensors.digest(found) != notes["blake2b"]:
+            raise Refused(f"{path} is damaged: its directions differ from their hash")
+        labels, origin, ranges = (json.loads(notes[key]) for key in ("labels", "origin", "ranges"))
+        spans = {str(name): (int(start), int(stop)) for name, (start, stop) in ranges.items()}
+        origin, labels = {**origin, "file": path.name}, tuple(map(str, labels))
+        fingerprint = notes["parameters_fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Refused(f"{path} cannot be read as directions: {' '.join(str(error).split())[:200]}") from error
+    require_same(path, spans, fingerprint, problem)
+    if found.shape != (len(labels), problem.size):
+        raise Refused(f"{path} is damaged: it holds {found.shape} entries for {len(labels)} directions")
+    vectors = torch.from_numpy(found).to(problem.device, problem.dtype)
+    return Directions(vectors, labels, origin, spans, fingerprint)
 
 
 def require_same(path: Path, ranges: Mapping[str, Sequence[int]], fingerprint: str, problem: Problem) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from landscape import operators, results
+from landscape import foreign, operators, results
 from landscape.directions.base import Directions, made, require_same
 from landscape.errors import Refused
 from landscape.estimators.eigen import eigsh
@@ -90,6 +90,11 @@ def _stored_pairs(source: Record | Path | str, problem: Problem) -> Any:
     """Values, residuals, vectors, which end they are of, and where they come from."""
     path = Path("the given record") if isinstance(source, results.Record) else Path(source)
     record = source if isinstance(source, results.Record) else results.read(path)
+    with foreign.understood(path):
+        return _pairs_in(record, path, problem)
+
+
+def _pairs_in(record: Record, path: Path, problem: Problem) -> Any:
     fields = json.loads(str(record.attrs.get("configuration") or "{}"))
     if "eigenvectors" not in record or fields.get("curvature") != "hessian":
         raise Refused(
@@ -99,5 +104,7 @@ def _stored_pairs(source: Record | Path | str, problem: Problem) -> Any:
     ranges = record.attrs["eigenvector_ranges"]
     require_same(path, ranges, str(record.attrs.get("parameters_fingerprint")), problem)
     rows = torch.from_numpy(record["eigenvectors"].copy())
+    if rows.shape != (len(record["eigenvalues"]), problem.size) or len(record["residual_norm"]) != len(rows):
+        raise ValueError(f"eigenvectors of shape {tuple(rows.shape)}")
     extra = {"file": path.name, "converged": bool(record["pair_converged"].all())}
     return record["eigenvalues"], record["residual_norm"], rows, fields.get("which", "largest"), extra

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from landscape import atomic
+from landscape import atomic, foreign
 from landscape.plots.style import MOST_RUNS
 from landscape.plots.words import plus_minus, power_of_ten
 
@@ -81,17 +81,21 @@ def plot(
         raise PlotError(f"{what} is for surfaces, and this is metric {metric!r}; leave it out")
     options: dict[str, Any] = {} if log is None else {"log": log}
     named = zip(records, names, strict=True)
-    pictures = [module.prepare(record, name=name, **options) for record, name in named]
+    with foreign.understood(", ".join(filter(None, names)) or None):
+        pictures = [module.prepare(record, name=name, **options) for record, name in named]
+        image = _drawn(module, pictures, kind, width, dpi)
+    atomic.replace(out, [image])
+    return out
+
+
+def _drawn(module: ModuleType, pictures: Sequence[Any], kind: str, width: float | None, dpi: int) -> bytes:
     if kind == ".vtk" and len(pictures) > 1:
         raise PlotError(
             f"a .vtk file holds one surface, and these are {len(pictures)}; export them one by one"
         )
     if kind == ".vtk":
-        image = module.vtk(pictures[0])
-    else:
-        image = _html(module, pictures) if kind == ".html" else _image(module, pictures, kind, width, dpi)
-    atomic.replace(out, [image])
-    return out
+        return bytes(module.vtk(pictures[0]))
+    return _html(module, pictures) if kind == ".html" else _image(module, pictures, kind, width, dpi)
 
 
 def metrics_with_a_picture() -> list[str]:
@@ -149,11 +153,12 @@ def _image(module: ModuleType, pictures: Sequence[Any], kind: str, width: float 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=module.figure_size(pictures, width or WIDTH), layout="constrained")
-    FigureCanvasAgg(figure)
-    module.draw(figure, pictures)
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "landscape"}):  # names of an .svg's parts are else random
+    # names of an .svg's parts are else random; a matplotlibrc in the current directory could make LaTeX run
+    with matplotlib.rc_context({"svg.hashsalt": "landscape", "text.usetex": False}):
+        figure = Figure(figsize=module.figure_size(pictures, width or WIDTH), layout="constrained")
+        FigureCanvasAgg(figure)
+        module.draw(figure, pictures)
+        buffer = io.BytesIO()
         figure.savefig(buffer, format=kind[1:], dpi=dpi, metadata=_NO_DATES[kind])
     return buffer.getvalue()
 
