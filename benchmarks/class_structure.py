@@ -29,7 +29,7 @@ def problem(classes: int, per_class: int) -> Any:
     from torch import nn
 
     import landscape
-        from landscape.seeds import generator
+    from landscape.seeds import generator
     from landscape.testbeds.nets import own_stream
     from landscape.testbeds.train import train
 
@@ -44,7 +44,7 @@ def problem(classes: int, per_class: int) -> Any:
             layers += [nn.Conv2d(inner, outer, 3, stride, 1, bias=False), nn.BatchNorm2d(outer), nn.ReLU()]
         model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTHS[-1], classes))
     data = list(zip(x.split(100), y.split(100), strict=True))
-    train(model, nn.functional.cross_entropy, data, epochs=4, lr=3e-3)
+    train(model, nn.functional.cross_entropy, data, epochs=8, lr=3e-3)
     return landscape.Problem(model, nn.CrossEntropyLoss(), data)
 
 
