@@ -339,9 +339,27 @@ def test_a_sum_a_function_smoothed_labels_and_ignored_ones() -> None:
 def test_products_by_differences_agree() -> None:
     problem, model, x, y = problem_of("mlp", (9, 3, 6), products="difference")
     known = dense(model, x, y, "2019")
-    ds = landscape.measure(ClassStructure(k=3, rtol=1e-5, **FEW), problem)
+    few = {**FEW, "spectra": ("hessian-G",), "steps": 30}
+    ds = landscape.measure(ClassStructure(k=3, rtol=1e-5, **few), problem)
+    assert float(ds["spectrum_top"][0, 0]) == pytest.approx(float(spectrum(known.H)[0]), rel=1e-4)
     assert close(ds["within"], torch.cat(known.within), 1e-6)
     assert close(ds["eigenvalues_G"], spectrum(known.G)[:3], 1e-5)
+
+
+def test_a_problem_that_was_moved_is_measured_where_it_is() -> None:
+    """Also within one session, in which much is kept."""
+    problem, model, x, y = problem_of("mlp", (9, 3, 6))
+    moved = problem.at(0.5 * problem.parameters_vector())
+    metric = ClassStructure(k=2, spectra=(), rtol=1e-10)
+    with problem.session():
+        found = [landscape.evaluate(metric, one) for one in (problem, moved)]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    known = dense(model, x, y, "2019")
+    assert close(found[1]["eigenvalues_G1"], spectrum(known.G1)[:3])
+    assert close(found[1]["eigenvalues_G"], spectrum(known.G)[:2])
+    assert not close(found[0]["eigenvalues_G1"], found[1]["eigenvalues_G1"], 1e-3)
 
 
 def test_some_classes_and_the_first_examples_of_each() -> None:
