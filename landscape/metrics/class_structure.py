@@ -54,7 +54,7 @@ class ClassStructure(SequentialMetric):
     headline: ClassVar[str] = "eigenvalues_hessian"
     unit: ClassVar[str] = "task"
     citation: ClassVar[str] = "Papyan 2019, arXiv:1901.08244"
-    told: ClassVar[tuple[str, ...]] = ("outliers_hessian", "outliers_G", "trace_G3")
+    told: ClassVar[tuple[str, ...]] = ("spectrum_outliers", "trace_G3")
     listed: ClassVar[tuple[str, ...]] = (
         "eigenvalues_hessian", "eigenvalues_G", "share_G", "share_G1", "made_by",
     )  # fmt: skip
