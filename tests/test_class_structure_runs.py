@@ -287,7 +287,7 @@ def test_the_command_line_measures_shows_and_draws(tmp_path: Path, monkeypatch: 
     )
     assert re.search(r"[abc] (as [abc]|kept) \d+ %", done.output)
     shown = run(app.app, ["show", "one"])
-    assert "outliers_G" in shown.output
+    assert "spectrum_outliers(spectrum=hessian/G1)" in shown.output
     assert "7 of 7 tasks" in shown.output
     assert run(app.app, ["show", "--json", "one"]).exit_code == 0
     drawn = run(app.app, ["plot", "one", "-o", "one.png"])

@@ -108,7 +108,7 @@ class Grams(Task):
         source = self.source
         count = int(source.layout.counts[c])
         if columns.start == 0:
-            within[:count] = count * source.squares(c, self.limits.memory).cpu().numpy()
+            within[:count] = count * source.squares(c, self.limits.memory // 2).cpu().numpy()
         lengths, picked, at = X.square().sum(1), list(columns), 0
         for probabilities, _, s in source.pushed(c, X):
             p = probabilities[:, picked].T

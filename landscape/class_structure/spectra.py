@@ -49,6 +49,8 @@ def operator(name: str, source: Source, F: Tensor | None) -> Operator:
     """
     problem = source.problem
     base = operators.ggn(problem) if name.startswith("G") else operators.hessian(problem)
+    if name == "hessian-G" and problem.products == "difference":
+        return base - operators.ggn(problem)
     if name == "hessian-G":
         return Operator(base.shape, base.dtype, base.device, lambda V: residual.product(problem, V))
     if F is None:

@@ -214,11 +214,6 @@ def of_spectra(record: Record) -> Values:
     found["spectrum_top"] = Variable(("spectrum", "node"), top, "1", "largest Ritz values, descending")
     found["spectrum_outliers"] = Variable(("spectrum",), above[:, 0], "1", "eigenvalues above the bulk")
     found["spectrum_outliers_below"] = Variable(("spectrum",), below[:, 0], "1", "eigenvalues below the bulk")
-    for name in ("hessian", "G"):
-        if name in names and names.index(name) in made:
-            count = above[names.index(name), 0]
-            words_ = f"eigenvalues of {name} above its bulk"
-            found[f"outliers_{name}"] = Variable((), np.asarray(count), "1", words_)
     return found
 
 

@@ -54,7 +54,7 @@ class ClassStructure(SequentialMetric):
     headline: ClassVar[str] = "eigenvalues_hessian"
     unit: ClassVar[str] = "task"
     citation: ClassVar[str] = "Papyan 2019, arXiv:1901.08244"
-    told: ClassVar[tuple[str, ...]] = ("outliers_hessian", "outliers_G", "trace_G3")
+    told: ClassVar[tuple[str, ...]] = ("spectrum_outliers", "trace_G3")
     listed: ClassVar[tuple[str, ...]] = (
         "eigenvalues_hessian", "eigenvalues_G", "share_G", "share_G1", "made_by",
     )  # fmt: skip
@@ -232,9 +232,10 @@ class ClassStructure(SequentialMetric):
         return found
 
     def outlook(self, problem: Problem) -> tuple[int, int]:
-        """Predict the products: a gradient for each output, those of the chains, and of two eigensolves."""
-        k = min(problem.size, self._eigenvalues(2))
-        fixed = len(self.spectra) * self.probes * self.steps
+        """Predict the products: those of the chains, of two eigensolves, and the passes for the mean vectors."""
+        C = labels.read(problem, self.classes, self.per_class).outputs
+        k = min(problem.size, self._eigenvalues(C))
+        fixed = len(self.spectra) * self.probes * self.steps + C * (3 if self.attribution else 1)
         return fixed + 2 * k, fixed + 2 * (100 * k + 1000)
 
     def _eigenvalues(self, classes: int) -> int:
@@ -263,13 +264,14 @@ class ClassStructure(SequentialMetric):
 
     def _source(self, problem: Problem, shared: Record) -> Source:
         """The source of mean vectors, the same for the time of a session."""
-        plans, key = problem.evaluator.plans, ("class_structure", self, id(problem.batches))
+        plans, key = problem.evaluator.plans, ("class_structure", self, id(problem))
         if key not in plans:
             layout = labels.read(problem, self.classes, self.per_class)
             data = labels.ByClass(problem, layout)
-            probabilities = shared["mean_probability"]
-            plans[key] = Source(labels.balanced(problem, layout), data, self.weighting, probabilities)
-        found: Source = plans[key]
+            twin = labels.balanced(problem, layout)
+            # with the problem itself, so that no other takes its identity
+            plans[key] = Source(twin, data, self.weighting, shared["mean_probability"]), problem
+        found: Source = plans[key][0]
         return found
 
 
