@@ -38,6 +38,7 @@ class Source:
 
     Attributes:
         weights: of the vectors in G.
+        passed: passes over examples, in units of a gradient over all data.
     """
 
     def __init__(self, problem: Problem, data: ByClass, weighting: str, probabilities: np.ndarray):
@@ -45,7 +46,7 @@ class Source:
         self.weighting = weighting
         self.weights = Weights.of(weighting, probabilities, np.array(self.layout.labels))
         self._shares = torch.from_numpy(probabilities)
-        self._passed = 0.0
+        self.passed = 0.0
 
     def pulled(self, c: int, combinations: Tensor) -> Tensor:
         """Σ_c' Y_rc' v_cc' for each row of Y (r, C); float64 (r, n)."""
@@ -110,14 +111,8 @@ class Source:
             self._charge(count * passes.columns)
         return torch.cat(found)
 
-    def spend(self) -> None:
-        """Add the passes to the problem's cost, in units of a gradient over all its data."""
-        whole = int(self._passed)
-        self._passed -= whole
-        self.problem.cost.gradients += whole
-
     def _charge(self, examples: float) -> None:
-        self._passed += examples / float(self.layout.counts.sum())
+        self.passed += examples / float(self.layout.counts.sum())
 
     def _pieces(self, c: int) -> Iterator[Any]:
         return self.problem.evaluator.cut(self.data.of(c))

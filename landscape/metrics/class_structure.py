@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -196,7 +196,10 @@ class ClassStructure(SequentialMetric):
 
     def step(self, problem: Problem, shared: Record, block: range, state: Work) -> Work:
         """Go on with the task that is on."""
+        source = self._source(problem, shared)
+        source.passed = state.passed
         self._made(problem, shared, block, state).step()
+        state.passed = source.passed
         return state
 
     def result(self, problem: Problem, shared: Record, block: range, state: Work) -> Values | None:
@@ -204,7 +207,7 @@ class ClassStructure(SequentialMetric):
         units = self._made(problem, shared, block, state).done()
         if units is None:
             return None
-        self._source(problem, shared).spend()
+        problem.cost.gradients += round(state.passed)
         found = {}
         for key in {key: None for unit in units for key in unit}:
             like = next(unit[key] for unit in units if key in unit)
@@ -230,6 +233,11 @@ class ClassStructure(SequentialMetric):
         fine = bool(record["done"].all()) and summary.converged(record)
         found["converged"] = Variable((), np.asarray(fine), "1", "whether all eigenpairs reached rtol")
         return found
+
+    @property
+    def loss_powers(self) -> Mapping[str, float]:
+        """None: a multiple of the cross-entropy is another loss, which is refused."""
+        return {}
 
     def outlook(self, problem: Problem) -> tuple[int, int]:
         """Predict the products: those of the chains, of two eigensolves, and the passes for the mean vectors."""
