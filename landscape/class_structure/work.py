@@ -113,7 +113,8 @@ class Work:
         inner = self.tasks[self.position].stored(self.inner) if on else {}
         units = {f"unit.{i}.{key}": x for i, one in enumerate(self.finished) for key, x in one.items()}
         counts = np.array([self.position, len(self.finished)])
-        return {"counts": counts, "passed": np.array(self.passed), **units, **{f"inner.{key}": x for key, x in inner.items()}}
+        inner = {f"inner.{key}": x for key, x in inner.items()}
+        return {"counts": counts, "passed": np.array(self.passed), **units, **inner}
 
     @classmethod
     def restored(cls, arrays: Arrays) -> Work:
