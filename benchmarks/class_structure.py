@@ -68,7 +68,7 @@ def inside(classes: int, per_class: int, memory: int) -> None:
     exact = f"sketched to {ds.attrs['sketch']}" if ds.attrs["sketch"] else "all inner products"
     print(
         f"{classes:8} {per_class * classes:7} {built.size:10} {means:9.1f} {whole:9.1f} {peak / 2**30:9.2f}   {exact}, "
-        f"{int(ds['spectrum_outliers'][1])} outliers of G, converged {bool(ds['converged'])}",
+        f"converged {bool(ds['converged'])}",
         flush=True,
     )
 

@@ -5,8 +5,8 @@
 Two networks, an MLP and a CNN with BatchNorm, are trained with SGD on the training part. At five epochs the metric
 `class_structure` is measured on the first 13, 51 and 136 examples of each class. Drawn are the largest eigenvalues of G
 in order, and against the epoch the overlap of its leading eigenvectors with those of G1, and by how much the
-eigenvalues of the two differ. Below stand two t-SNEs, early and late. The second picture is that of `landscape plot`
-for the trained MLP. After Papyan 2019 (arXiv 1901.08244) and 2020 (JMLR 21, 252). Prints a table, and tests whether the
+eigenvalues of the two differ. Below stand two t-SNEs, early and late. The second picture is that of `landscape plot` of
+the trained MLP. After Papyan 2019 (arXiv 1901.08244) and 2020 (JMLR 21, 252). Prints a table, and tests whether the
 number of outliers is that of classes: where the widest relative gap of the 15 largest eigenvalues of G is, and whether
 that after the 9th is the widest from the 5th on (few large eigenvalues of hard examples come before it late).
 """

@@ -9,7 +9,7 @@ from dense_classes import Dense, dense, spectrum
 from torch import Tensor, nn
 
 import landscape
-from landscape import Problem, testbeds
+from landscape import Problem, ggn_trace, testbeds
 from landscape.class_structure import embedding, labels, spectra
 from landscape.class_structure.gram_tasks import Grams
 from landscape.class_structure.grams import Weights, mirrored
@@ -358,6 +358,48 @@ def test_a_problem_that_was_moved_is_measured_where_it_is() -> None:
     assert close(found[1]["eigenvalues_G1"], spectrum(known.G1)[:3])
     assert close(found[1]["eigenvalues_G"], spectrum(known.G)[:2])
     assert not close(found[0]["eigenvalues_G1"], found[1]["eigenvalues_G1"], 1e-3)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.inner(x)[0][:, -1])
+
+
+def others() -> dict[str, tuple[nn.Module, Tensor, dict]]:
+    draws = torch.Generator().manual_seed(4)
+    with testbeds.nets.own_stream(0, "others"):
+        return {
+            "attention, tied weights": (
+                testbeds.gpt(8, 1, 2, 5, 7),
+                torch.randint(7, (18, 5), generator=draws),
+                {"output": lambda model, batch: model(batch[0])[:, -1, :3]},
+            ),
+            "recurrent": (Recurrent(), torch.randn(18, 4, 3, generator=draws), {}),
+            "residual": (
+                testbeds.resnet20(2, 3, channels=1, blocks=1),
+                torch.randn(18, 1, 8, 8, generator=draws),
+                {},
+            ),
+        }
+
+
+@pytest.mark.parametrize("name", ["attention, tied weights", "recurrent", "residual"])
+def test_on_other_models_the_parts_add_up_to_the_trace(name: str) -> None:
+    model, x, options = others()[name]
+    y = torch.arange(18) % 3
+    x = x.double() if x.is_floating_point() else x
+    problem = Problem(model.double().eval(), nn.CrossEntropyLoss(), cut(x, y, 7), **options)
+    ds = landscape.measure(ClassStructure(k=5, spectra=(), rtol=1e-8), problem)
+    whole = float(ds["eigenvalues_G012"].sum()) + float(ds["trace_G3"])
+    assert whole == pytest.approx(ggn_trace.exact(problem).trace, rel=1e-12)
+    V = landscape.estimators.eigsh(landscape.ggn(problem), 5, rtol=1e-8, seed=1)
+    assert ds["eigenvalues_G"].values == pytest.approx(V.values.numpy(), rel=1e-6)
+    shares = sum(ds[f"share_{level}"].values for level in ("G0", "G1", "G2", "G3", "H"))
+    assert shares == pytest.approx(np.ones(5))
 
 
 def test_some_classes_and_the_first_examples_of_each() -> None:
