@@ -335,7 +335,9 @@ class Team:
             if self.rank:
                 self.post(f"gone/{self.rank}")
             while not self.rank and self._count < end and self._thread.is_alive():
-                if all(self._read(f"gone/{r}") is not None or _is_gone(self._process(r)) for r in self.others):
+                if all(
+                    self._read(f"gone/{r}") is not None or _is_gone(self._process(r)) for r in self.others
+                ):
                     return
                 time.sleep(_LONG)
 
