@@ -18,7 +18,7 @@ PACKAGE = ROOT / "landscape"
 # Floor of each module; a package's base lies below its siblings. A file imports only from lower floors.
 FLOORS = [
     {"_version", "errors"},
-    {"atomic", "provenance", "record", "refinement", "seeds", "stages", "vectors"},
+    {"atomic", "processes", "provenance", "record", "refinement", "seeds", "stages", "vectors"},
     {
         "grids",
         "batches",
@@ -142,6 +142,7 @@ FLOORS = [
     {"plots.style", "plots.words"},
     {"identity"},
     {"shares"},
+    {"sharing"},
     {"merging"},
     {"run", "plots", "testbeds.*", "testbeds", "training.*", "training"},
     {"plots.*"},
