@@ -91,9 +91,10 @@ class _Run:
 
     def measure(self) -> int:
         """Measure everything; return the exit status."""
-        from landscape import run
+        from landscape import ranks, run
         from landscape.errors import RankLost
 
+        ranks.use_own_device()
         rows: list[report.Summary] = []
         results: list[dict[str, Any]] = []
         path = self.out

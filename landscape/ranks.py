@@ -10,17 +10,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 import torch.distributed as dist
 
+from landscape import processes
 from landscape.errors import RankLost, Refused
 
 if TYPE_CHECKING:
@@ -84,6 +83,13 @@ def join(timeout: float = TIMEOUT) -> Team | None:
     return _team
 
 
+def use_own_device() -> None:
+    """Make "cuda" mean a GPU of its own for each rank of this machine, as far as they go round."""
+    local = os.environ.get("LOCAL_RANK", "")
+    if local.isdecimal() and place() is not None and torch.cuda.is_available():
+        torch.cuda.set_device(int(local) % torch.cuda.device_count())
+
+
 def current() -> Team | None:
     """Return the ranks that were joined last, None where this process is alone."""
     return _team
@@ -141,7 +147,7 @@ class Team:
         return [rank for rank in range(self.size) if rank != self.rank]
 
     def __enter__(self) -> Self:
-        self.post(f"who/{self.rank}", json.dumps(_this_process()))
+        self.post(f"who/{self.rank}", json.dumps(processes.this()))
         self._thread.start()
         return self
 
@@ -291,7 +297,7 @@ class Team:
 
     def _gone(self) -> RankLost | None:
         """Those whose process is no more, where that can be seen from here."""
-        gone = [rank for rank in self.others if _is_gone(self._process(rank))]
+        gone = [rank for rank in self.others if processes.is_gone(self._process(rank))]
         gone = [rank for rank in gone if self._read(f"left/{rank}") is None]
         return RankLost(f"{self._named(gone)} died", gone) if gone else None
 
@@ -309,9 +315,7 @@ class Team:
     def _end(self, ranks: Iterable[int]) -> None:
         """End processes of this job that are stopped: they must not wake up and write, nor hold up the launcher."""
         for rank in ranks:
-            if _is_here(who := self._process(rank)) and not _is_gone(who):
-                with contextlib.suppress(OSError):
-                    os.kill(who["pid"], signal.SIGKILL)
+            processes.end(self._process(rank))
 
     def _part(self) -> None:
         """Wait, at the end, for who writes the file; and he for the others, who may need his store."""
@@ -336,7 +340,8 @@ class Team:
                 self.post(f"gone/{self.rank}")
             while not self.rank and self._count < end and self._thread.is_alive():
                 if all(
-                    self._read(f"gone/{r}") is not None or _is_gone(self._process(r)) for r in self.others
+                    self._read(f"gone/{r}") is not None or processes.is_gone(self._process(r))
+                    for r in self.others
                 ):
                     return
                 time.sleep(_LONG)
@@ -363,28 +368,6 @@ class Team:
         return RankLost(
             f"the launcher, or the rank that others are reached by, is gone ({_line(error)[:120]})", [0]
         )
-
-
-def _this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this machine started; None where there is none, or nothing but its exit status."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def _is_here(who: dict[str, Any]) -> bool:
-    """Whether a process is one of this machine, seen from here under its own number."""
-    return bool(who) and who["host"] == socket.gethostname() and who["started"] is not None
-
-
-def _is_gone(who: dict[str, Any]) -> bool:
-    return _is_here(who) and _started(who["pid"]) != who["started"]
 
 
 def _line(error: BaseException) -> str:

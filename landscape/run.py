@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from landscape import foreign, identity, lock, product_checks, provenance, ranks, results, shares
+from landscape import foreign, identity, lock, product_checks, provenance, ranks, results, sharing
 from landscape import memory as footprint
 from landscape._version import __version__
 from landscape.checks import Need, Report
@@ -122,7 +122,7 @@ def measure(
         if progress is not None:
             progress(Progress(metric.name, 0, None, text))
 
-    with shares.of(path, shard, part, timeout) as share, lock.held(share.locked, wait=wait, tell=waiting):
+    with sharing.of(path, shard, part, timeout) as share, lock.held(share.locked, wait=wait, tell=waiting):
         return _measure(
             metric,
             problem,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -45,8 +46,10 @@ def group(team: Team, device: torch.device) -> Iterator[Shard]:
             "gloo", store=team.store_for("group"), rank=team.rank, world_size=team.size, timeout=patience
         )
     talk = dist.new_group(backend="gloo", timeout=patience)
-    several = device.type == "cuda" and torch.cuda.device_count() > 1
-    sums = dist.new_group(backend="nccl", timeout=patience) if several else talk
+    # nccl wants a GPU for each rank; gloo sums what lies on a shared one, by way of the CPU.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", team.size))
+    apart = device.type == "cuda" and torch.cuda.device_count() >= local
+    sums = dist.new_group(backend="nccl", timeout=patience) if apart else talk
     yield Shard(team, talk, sums)
     # Only now: after a failure a broken group may end the process in its own way.
     if ours:

@@ -84,3 +84,23 @@ def test_ranks_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("WORLD_SIZE", "x")
     assert "allowed is 0 <= RANK < WORLD_SIZE" in run("measure", *TRACE, "--out", tmp_path / "run").stderr
     assert run("measure", *TRACE, "--out", tmp_path / "run", "--shard", "none").exit_code == 0
+
+
+def test_parts_of_a_metric_of_the_users_own(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from dataclasses import dataclass\nfrom typing import ClassVar\nfrom landscape.metrics.trace import Trace\n"
+        "@dataclass(frozen=True)\nclass Mine(Trace):\n    name: ClassVar[str] = 'mine'\n"
+    )
+    out = tmp_path / "run"
+    for index in (1, 2):
+        assert (
+            run("measure", "--metric", mine, "--rtol", "0.5", "--out", out, "--part", f"{index}/2").exit_code
+            == 0
+        )
+    unknown = run("merge", out)
+    assert unknown.exit_code == 2
+    assert "unknown metric 'mine'" in unknown.stderr
+    merged = run("merge", out, "--metric", mine)
+    assert merged.exit_code == 0, merged.stderr
+    assert "mine.h5" in merged.stdout

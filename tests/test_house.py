@@ -18,7 +18,18 @@ PACKAGE = ROOT / "landscape"
 # Floor of each module; a package's base lies below its siblings. A file imports only from lower floors.
 FLOORS = [
     {"_version", "errors", "limits"},
-    {"atomic", "foreign", "opening", "provenance", "record", "refinement", "seeds", "stages", "vectors"},
+    {
+        "atomic",
+        "foreign",
+        "opening",
+        "processes",
+        "provenance",
+        "record",
+        "refinement",
+        "seeds",
+        "stages",
+        "vectors",
+    },
     {"bookkeeping", "checkpoint_files", "parcel", "tensor_file"},
     {
         "grids",
@@ -154,6 +165,7 @@ FLOORS = [
     {"plots.style", "plots.words"},
     {"identity"},
     {"shares"},
+    {"sharing"},
     {"merging"},
     {"plots.class_panels"},
     {"run", "plots", "testbeds.*", "testbeds", "training.*", "training"},

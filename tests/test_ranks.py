@@ -158,3 +158,17 @@ def test_a_rank_that_never_comes_is_named() -> None:
         return 0
 
     assert jobs.run(2, measure) == [0, 0]
+
+
+def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    ranks.use_own_device()  # alone: the default one stays
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for number in range(4):
+        monkeypatch.setenv("RANK", str(number))
+        monkeypatch.setenv("LOCAL_RANK", str(number))
+        ranks.use_own_device()
+    assert taken == [0, 1, 0, 1]

@@ -6,16 +6,18 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jobs
 import numpy as np
 import pytest
 import torch
 from test_ranks import measured
+from test_run import Power, same
 from torch import Tensor, nn
 
 import landscape
-from landscape import metrics, ranks, sharded
+from landscape import metrics, ranks, run, sharded
 from landscape.displaced import Displaced
 from landscape.errors import RankLost, Refused
 
@@ -118,6 +120,40 @@ def test_metrics_over_divided_data(name: str, tmp_path: Path) -> None:
     assert stored.attrs["world_size"] == 2
     again = measured(name, tmp_path / "two")  # complete: it does not matter who asks
     assert again.attrs["time"] == stored.attrs["time"]
+
+
+def test_divided_data_go_on_in_the_middle_of_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks, interrupted between steps, end with the bits of two ranks that were not."""
+    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 0.0)
+    metric = Power(starts=2, steps=30)
+
+    class Stops(Power):
+        def step(self, problem: landscape.Problem, shared: Any, block: range, state: Any) -> Any:
+            if int(state["step"]) == 17:
+                raise KeyboardInterrupt
+            return super().step(problem, shared, block, state)
+
+    def whole(_: int) -> None:
+        landscape.measure(metric, jobs.problem(), out=tmp_path / "whole", shard="data")
+
+    def cut(_: int) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            landscape.measure(Stops(starts=2, steps=30), jobs.problem(), out=tmp_path / "cut", shard="data")
+
+    def rest(number: int) -> None:
+        seen: list[int] = []
+
+        class Watched(Power):
+            def step(self, problem: landscape.Problem, shared: Any, block: range, state: Any) -> Any:
+                seen.append(int(state["step"]))
+                return super().step(problem, shared, block, state)
+
+        landscape.measure(Watched(starts=2, steps=30), jobs.problem(), out=tmp_path / "cut", shard="data")
+        (tmp_path / f"seen{number}").write_text(str(seen[0]))
+
+    assert [jobs.run(2, work) for work in (whole, cut, rest)] == [[0, 0]] * 3
+    assert same(landscape.open(tmp_path / "whole/power.h5"), landscape.open(tmp_path / "cut/power.h5"))
+    assert (tmp_path / "seen0").read_text() == (tmp_path / "seen1").read_text() != "0"
 
 
 class FailsOn(nn.Module):

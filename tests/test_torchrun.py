@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -102,8 +101,6 @@ def test_two_ranks_share_the_units(job: Callable[..., list[str]], tmp_path: Path
     stored = landscape.open(tmp_path / "run/slow.h5")
     assert same(alone(tmp_path), stored)
     assert stored.attrs["world_size"] == 2
-    again = jobs.torchrun(2, job("run", "--json"))
-    assert json.loads(again.stdout)[0]["estimates"]["mean"]["value"] == float(stored["mean"])
 
 
 def test_four_ranks_share_the_data(job: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -144,7 +141,8 @@ def until(there: Callable[[], bool], launcher: subprocess.Popen[str]) -> None:
     ("how", "lost", "shard"),
     [
         (signal.SIGKILL, 1, "units"),
-        (signal.SIGSTOP, 1, "data"),
+        # Its twin in tests/test_ranks.py is forked, which costs a third.
+        pytest.param(signal.SIGSTOP, 1, "data", marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, 0, "data", marks=pytest.mark.slow),
         pytest.param(signal.SIGSTOP, 0, "units", marks=pytest.mark.slow),
     ],
