@@ -5,12 +5,13 @@ Nothing here names a machine or a person, and nothing needs torch.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,17 @@ _GIT_SECONDS = 5.0  # a tree on a slow network drive must not hold up a measurem
 # --no-optional-locks: a look must not write into the user's repository.
 _GIT = ("git", "--no-optional-locks", "-c", "core.fsmonitor=false")
 _COMMIT = "# branch.oid "
+# A repository's own settings may name programs that `git status` runs on files that changed.
+_OWN_FILTERS = (
+    *_GIT,
+    "config",
+    "--show-scope",
+    "--name-only",
+    "--get-regexp",
+    r"^filter\..*\.(clean|process)$",
+)
+# Nor does a look fetch what a partial clone lacks.
+_NO_TRANSPORT = {"GIT_ALLOW_PROTOCOL": "none"}
 
 
 def provenance(directory: Path | None = None) -> dict[str, Any]:
@@ -86,10 +98,17 @@ def _git_asked(directory: Path) -> Iterator[Callable[[], tuple[str | None, bool 
 
     None, None if git is not there, fails or takes too long; where it is only slow, the commit is known.
     """
-    status = (*_GIT, "status", "--porcelain=v2", "--branch", "--untracked-files=no")
-    silent = subprocess.DEVNULL
+    status = (
+        *_GIT, "status", "--porcelain=v2", "--branch", "--untracked-files=no", "--ignore-submodules=dirty",
+    )  # fmt: skip
+    silent, surroundings = subprocess.DEVNULL, os.environ | _NO_TRANSPORT
+    if _runs_programs(directory):
+        yield lambda: (_git_commit(directory), None)
+        return
     try:
-        process = subprocess.Popen(status, cwd=directory, stdin=silent, stdout=subprocess.PIPE, stderr=silent)
+        process = subprocess.Popen(
+            status, cwd=directory, stdin=silent, stdout=subprocess.PIPE, stderr=silent, env=surroundings
+        )
     except OSError:
         yield lambda: (None, None)
         return
@@ -98,6 +117,12 @@ def _git_asked(directory: Path) -> Iterator[Callable[[], tuple[str | None, bool 
             yield lambda: _git_state(process, directory)
         finally:
             process.kill()
+
+
+def _runs_programs(directory: Path) -> bool:
+    """Whether the repository's own settings, which come with it, name programs that comparing files would run."""
+    code, scopes = _printed(_OWN_FILTERS, directory)
+    return code > 1 or any(line.startswith(("local", "worktree")) for line in scopes.splitlines())
 
 
 def _git_state(process: subprocess.Popen[bytes], directory: Path) -> tuple[str | None, bool | None]:
@@ -113,16 +138,22 @@ def _git_state(process: subprocess.Popen[bytes], directory: Path) -> tuple[str |
 
 
 def _git_commit(directory: Path) -> str | None:
-    command = (*_GIT, "rev-parse", "--verify", "HEAD")
+    code, found = _printed((*_GIT, "rev-parse", "--verify", "HEAD"), directory)
+    return None if code else found.strip()
+
+
+def _printed(command: Sequence[str], directory: Path) -> tuple[int, str]:
+    """Return the exit status of a git command, 128 where it is slow or not there, and what it prints."""
     try:
         done = subprocess.run(
             command,
             cwd=directory,
             capture_output=True,
-            check=True,
+            check=False,
             timeout=_GIT_SECONDS,
             stdin=subprocess.DEVNULL,
+            env=os.environ | _NO_TRANSPORT,
         )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.decode(errors="replace").strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return 128, ""
+    return done.returncode, done.stdout.decode(errors="replace")

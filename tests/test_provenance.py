@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,22 @@ def test_the_commit_of_the_current_tree_and_whether_it_was_changed(tree: Path) -
     assert provenance()["git_dirty"] is True
     assert provenance(tree.parent)["git_commit"] is None
     assert provenance(tree / "runs")["git_commit"] == commit
+
+
+@needs_git
+def test_a_repository_cannot_have_its_programs_run(tree: Path) -> None:
+    git(tree, "init", "-q")
+    (tree / "tracked.txt").write_text("one")
+    (tree / ".gitattributes").write_text("*.txt filter=own")
+    git(tree, "add", ".")
+    git(tree, "commit", "-qm", "x")
+    for name in ("filter.own.clean", "filter.own.process", "core.fsmonitor"):
+        git(tree, "config", name, "touch RAN; cat")
+    (tree / "tracked.txt").write_text("another")
+    found = provenance()
+    assert not (tree / "RAN").exists()
+    assert re.fullmatch("[0-9a-f]{40}", found["git_commit"])
+    assert found["git_dirty"] is None
 
 
 def test_without_git_or_with_a_slow_one(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
