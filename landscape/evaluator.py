@@ -15,6 +15,8 @@ from landscape import guard, losses
 from landscape.errors import Refused
 from landscape.plain_passes import plain
 
+Own = Callable[[Iterator[Any]], Iterator[Any]]
+
 
 class Evaluator:
     """Runs a model and its loss on pieces of data, with parameters that are handed in.
@@ -145,20 +147,23 @@ class Evaluator:
         """The target of a micro-batch."""
         return self._target(piece) if self._target is not None else _pair(piece)[1]
 
-    def pieces(self, data: Any) -> Iterator[tuple[Any, float]]:
+    def pieces(self, data: Any, own: Own | None = None) -> Iterator[tuple[Any, float]]:
         """Yield micro-batches with their weights; those without weight are skipped.
+
+        Args:
+            data: the batches.
+            own: picks some micro-batches out of all; then it may be that none has weight.
 
         Raises:
             Refused: if none has weight.
         """
-        anything = False
-        for piece in self.cut(data):
+        anything = own is not None
+        for piece in self.cut(data) if own is None else own(self.cut(data)):
             weight = self.weigh(piece)
             if weight > 0:
                 anything = True
                 yield piece, weight
-        if not anything:
-            raise Refused("every batch has weight 0 (no valid target in any); there is nothing to average")
+        require_weight(anything)
 
     def cut(self, data: Any) -> Iterator[Any]:
         """Yield batches, or pieces of at most `microbatch` examples."""
@@ -194,16 +199,30 @@ class Evaluator:
         return int(losses.describe(self.loss)[1].get("ignore_index", -100))
 
     def sums(
-        self, data: Any, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+        self,
+        data: Any,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        own: Own | None = None,
     ) -> tuple[float, float]:
-        """The sum of all terms and the sum of all weights, in float64."""
+        """The sum of all terms and the sum of all weights, in float64; of some micro-batches where `own` picks."""
         total = weights = 0.0
         with self.session(), torch.no_grad():
-            for piece, weight in self.pieces(data):
+            for piece, weight in self.pieces(data, own):
                 with self.filled(parameters, buffers):
                     total += float(self.loss_of(piece).double()) * self.scale(weight)
                 weights += weight
         return total, weights
+
+
+def require_weight(anything: bool) -> None:
+    """Refuse data in which no batch has weight.
+
+    Raises:
+        Refused: always, unless there is anything.
+    """
+    if not anything:
+        raise Refused("every batch has weight 0 (no valid target in any); there is nothing to average")
 
 
 def _pair(piece: Any) -> Sequence[Any]:

@@ -16,7 +16,7 @@ from landscape import arguments, averages, checks, parameter_shards, product_che
 from landscape import batches as batching
 from landscape.batches import Batches
 from landscape.errors import Refused
-from landscape.evaluator import Evaluator
+from landscape.evaluator import Evaluator, require_weight
 from landscape.product_checks import Matrix, ProductCheck
 from landscape.products import Graph, KeptGraphs
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from landscape.displaced import Displaced, Quantity
     from landscape.kernels import Kernels
     from landscape.passes import Ways
+    from landscape.sharded import Shard
 
 Reduction = Literal["mean", "sum"]
 Mode = Literal["eval", "train"]
@@ -143,6 +144,7 @@ class Problem:
         self._fixed: dict[str, Tensor] = {}  # moved parameters that are not measured
         self._double: Self | None = None
         self._found: dict[str, ProductCheck] = {}
+        self.shard: Shard | None = None  # where several ranks have divided the data
         self.cost = Cost()
 
     # --- what is measured -------------------------------------------------------------------------
@@ -176,6 +178,10 @@ class Problem:
     def product_checks(self) -> dict[str, ProductCheck]:
         """What is known of products with each matrix, "hessian" and "ggn"."""
         return dict(self._found)
+
+    def learn(self, found: Mapping[str, ProductCheck]) -> None:
+        """Take over what was found of products before."""
+        self._found.update(found)
 
     @property
     def products_in_use(self) -> str:
@@ -367,6 +373,7 @@ class Problem:
         new = type(self)(**{**self._arguments, **changes})
         if "data" not in changes:
             new.batches = self.batches.to(new.device, new.dtype)
+            new.shard = self.shard
         if "model" not in changes and self._vector is not None:
             if new.names != self.names:
                 raise ValueError(
@@ -390,7 +397,7 @@ class Problem:
         other = copy.copy(self)
         other.cost = Cost()
         other.batches = Batches(data, self.device, self.dtype)
-        other._double = None
+        other._double = other.shard = None
         other._whole = None if self._whole is None else self._whole.on(data)
         return other
 
@@ -537,7 +544,16 @@ class Problem:
 
     def sums(self, data: Any) -> tuple[float, float]:
         """The sum of all terms of these batches and the sum of their weights, in float64."""
-        return self.evaluator.sums(data, self._named(self.leaves()), self._buffers)
+        own = self.shard.own if self.shard is not None and data is self.batches else None
+
+        def summed() -> tuple[float, float]:
+            return self.evaluator.sums(data, self._named(self.leaves()), self._buffers, own)
+
+        if self.shard is None or own is None:
+            return summed()
+        total, weights, _ = self.shard.add("the loss", summed, of=self.parameters_vector)
+        require_weight(weights > 0)
+        return total, weights
 
     def _product(self, V: Tensor, matrix: Matrix, by_autodiff: _Product, by_differences: _Product) -> Tensor:
         vectors.require_block(V, self.size)

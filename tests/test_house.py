@@ -18,7 +18,7 @@ PACKAGE = ROOT / "landscape"
 # Floor of each module; a package's base lies below its siblings. A file imports only from lower floors.
 FLOORS = [
     {"_version", "errors"},
-    {"atomic", "provenance", "record", "refinement", "seeds", "vectors"},
+    {"atomic", "provenance", "record", "refinement", "seeds", "stages", "vectors"},
     {
         "grids",
         "batches",
@@ -26,6 +26,7 @@ FLOORS = [
         "convolution",
         "guard",
         "kernels",
+        "lock",
         "losses",
         "scales",
         "parameter_shards",
@@ -34,7 +35,8 @@ FLOORS = [
         "tensors",
     },
     {"netcdf"},
-    {"results"},
+    {"results", "ranks", "rounds"},
+    {"parts", "sharded"},
     {
         "arguments",
         "products",
@@ -134,11 +136,15 @@ FLOORS = [
     {"sharpness.search", "sharpness.noise", "sharpness.estimate"},
     {"sharpness.trial"},
     {"sharpness"},
+    {"metrics.base_journal"},
     {"metrics.base"},
     {"metrics.registry", "metrics.base_ends", "metrics.base_trace"},
     {"metrics.*"},
     {"metrics"},
     {"plots.style", "plots.words"},
+    {"identity"},
+    {"shares"},
+    {"merging"},
     {"run", "plots", "testbeds.*", "testbeds", "training.*", "training"},
     {"plots.*"},
     {"plots.surface"},

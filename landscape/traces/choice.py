@@ -145,7 +145,7 @@ def piloted(asked: Settings, problem: Problem, seed: int, way: Way) -> tuple[Way
     plan = _in_its_precision(asked, problem, chosen.plan)
     found = values.of_pilot(measured)
     if chosen.exact_ggn:
-        blocks = ggn_trace.exact(problem).blocks
+        blocks = ggn_trace.averaged(problem)
         found["exact_layer_part"] = Variable(("layer",), blocks, "1", "trace of the block of G, exact")
     name = "differences" if plan.form == "differences" else _NAMES[plan.matrix]
     return replace(way, name=name, reason=f"{way.reason}; {words}", plan=plan), found
