@@ -122,7 +122,9 @@ def measure(
         if progress is not None:
             progress(Progress(metric.name, 0, None, text))
 
-    with sharing.of(path, shard, part, timeout) as share, lock.held(share.locked, wait=wait, tell=waiting):
+    # Processes that share a model (FSDP) make all passes together, each with its own data.
+    divided = shard if problem.apart else "data"
+    with sharing.of(path, divided, part, timeout) as share, lock.held(share.locked, wait=wait, tell=waiting):
         return _measure(
             metric,
             problem,

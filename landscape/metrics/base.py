@@ -293,6 +293,7 @@ class SequentialMetric(Metric):
         else:
             inner = {name.removeprefix(_STEP): a for name, a in stored.items() if name.startswith(_STEP)}
             own = {name: array for name, array in stored.items() if not name.startswith(_STEP)}
+            stored = None  # large states are taken over array by array
             state = self.restored(problem, own)
         while (values := self.result(problem, shared, block, state)) is None:
             keep = functools.partial(self._keep, journal, block, state)

@@ -106,6 +106,10 @@ class Accounts(Journal):
             self.restore({key: held.pop(key) for key in _BOOKS})
         return held
 
+    def step(self, record: Record, standing: Callable[[], str]) -> None:
+        """Pass it on."""
+        self._journal.step(record, standing)
+
     def save_state(self, block: range, state: Callable[[], State]) -> None:
         """Keep a state with its costs."""
         self._journal.save_state(block, lambda: {**state(), **self.read()})
@@ -140,6 +144,7 @@ class Accounts(Journal):
         """Tell how products are made: known from the first one on, and stored with the first unit."""
         attrs, problem = self._record.attrs, self._problem
         attrs["kernels"] = self._kernels()
+        attrs["autocast"] = problem.evaluator.autocast
         if "products" not in attrs or problem.products_in_use != "not needed":
             attrs["products"] = problem.products_in_use
         attrs["autocast"] = problem.evaluator.autocast
