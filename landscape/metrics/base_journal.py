@@ -106,10 +106,6 @@ class Accounts(Journal):
             self.restore({key: held.pop(key) for key in _BOOKS})
         return held
 
-    def step(self, record: Record, standing: Callable[[], str]) -> None:
-        """Pass it on."""
-        self._journal.step(record, standing)
-
     def save_state(self, block: range, state: Callable[[], State]) -> None:
         """Keep a state with its costs."""
         self._journal.save_state(block, lambda: {**state(), **self.read()})
