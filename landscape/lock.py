@@ -85,7 +85,7 @@ def held(
         yield
         return
     place, told = lock_path(path), ""
-    while isinstance(found := _try(path, place), str):
+    while isinstance(found := _try(place), str):
         if not wait:
             raise Refused(f"{path} is being measured by {found}")
         if tell is not None and found != told:
@@ -98,7 +98,7 @@ def held(
         _release(place, found)
 
 
-def _try(path: Path, place: Path) -> int | str:
+def _try(place: Path) -> int | str:
     """Return the descriptor of the lock, or who holds it and what to do."""
     key = _key(place)
     with _GUARD:
@@ -108,7 +108,7 @@ def _try(path: Path, place: Path) -> int | str:
             place.parent.mkdir(parents=True, exist_ok=True)
             found = _open(place)
         except OSError as error:
-            raise atomic.explain("lock", path, error) from error
+            raise atomic.explain("write in", place.parent, error) from error
         if isinstance(found, int):
             _OURS[key] = os.getpid()
         return found

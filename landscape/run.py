@@ -19,6 +19,7 @@ import torch
 
 from landscape import identity, lock, product_checks, provenance, ranks, results, sharing
 from landscape import memory as footprint
+from landscape._version import __version__
 from landscape.checks import Need, Report
 from landscape.errors import Refused
 from landscape.memory import Plan
@@ -146,6 +147,8 @@ def _measure(
 ) -> xarray.Dataset:
     """Measure into a file that no other process measures into, but for those who share the work."""
     path, record, about = share.path, None, None
+    if path is not None and overwrite and share.main:
+        _delete_states(path)
     share.begin(overwrite=overwrite)
     problem = share.divided(problem)
     if path is not None and path.exists() and not overwrite:
@@ -252,8 +255,9 @@ class _Journal(Journal):
         progress: Callable[[Progress], None] | None,
     ):
         self.metric, self.share, self.path, self.tell = metric, share, share.path, progress
-        # With its demands: what a block came to for smaller ones is not what it has to come to.
-        same = {key: about[key] for key in (*identity.SAME, "configuration")}
+        # With its demands: what a block came to for smaller ones is not what it has to come to. With the version:
+        # stages are known by their order.
+        same = {key: about[key] for key in (*identity.SAME, "configuration")} | {"version": __version__}
         self.key = hashlib.blake2b(json.dumps(same, sort_keys=True).encode(), digest_size=16).hexdigest()
         self.spacing, self.state_spacing = _Spacing(_UNWRITTEN_SECONDS), _Spacing(_UNWRITTEN_SECONDS)
         self.unwritten = False
@@ -322,16 +326,21 @@ def kept_in(path: Path) -> Path | None:
     return next((place for place in (path, _state_path(path, PREPARATION)) if place.exists()), None)
 
 
-def _delete_states(path: Path, record: Record) -> None:
-    """Delete the states of what is in the file; a kill may have come between its writing and this."""
-    size, done = record.attrs["block_size"], record["done"] if "done" in record else np.zeros(0, bool)
+def _delete_states(path: Path, record: Record | None = None) -> None:
+    """Delete the states of what is in the record, which is stored, or all of them.
+
+    A kill may have come between its writing and this.
+    """
+    every = record is None or bool(record.attrs["complete"])
+    done = record["done"] if record is not None and "done" in record else np.zeros(0, bool)
+    size = 0 if record is None else int(record.attrs["block_size"])
     with contextlib.suppress(OSError):
         for state in (path.parent / _PARTS).iterdir():
             found = re.fullmatch(rf"{re.escape(path.stem)}\.state-(prepare|[0-9]+)\.safetensors", state.name)
             if found is None:
                 continue
             block = done[int(found[1]) :][:size] if found[1] != "prepare" else np.ones(1, bool)
-            if record.attrs["complete"] or (len(block) and block.all()):
+            if every or (len(block) and block.all()):
                 state.unlink()
 
 

@@ -36,6 +36,7 @@ from landscape import results, run
 from landscape.metrics.base import Metric
 
 _PATIENCE = 60.0  # seconds after which a child hangs
+_KILLS_OF_ONE = 8  # before it may end
 _MOMENTARY = {"time", "command"}  # attributes that differ between two runs of the same measurement
 
 
@@ -108,6 +109,7 @@ def _history(label: str, metric: Metric, place: Path, moments: Random, tally: Ta
     whole = landscape.measure(metric, every.problem(), seed=3)
     length = _timed(metric, place / "timed.h5")
     path = place / f"{metric.name}.h5"
+    most = min(most, sum(tally.kills.values()) + _KILLS_OF_ONE)
     while sum(tally.kills.values()) < most:
         child, begun = _child(metric, path)
         os.read(begun, 1)

@@ -224,7 +224,7 @@ def test_a_failing_disk_leaves_nothing_locked(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", fail)
-        with pytest.raises(ResultsError, match=r"cannot lock .*trace\.h5"):
+        with pytest.raises(ResultsError, match="cannot write in"):
             lock.held(path).__enter__()
     assert free(path)
 
