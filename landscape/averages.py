@@ -119,17 +119,21 @@ def hessian_by_differences(problem: Problem, V: Tensor, step: float | None = Non
     def made(piece: Any, rows: Tensor) -> Made:
         for row in rows:
             h = _factor(problem, row, step)
-            slopes = []
-            for sign in (1, -1):
-                leaves = problem.leaves(displacement=row * (sign * h))
-                with problem.filled(leaves):
-                    slopes.append(products.gradient(problem.evaluator.loss_of(piece), leaves))
-            yield [
-                None if up is None or down is None else (up - down) / (2 * h)
-                for up, down in zip(*slopes, strict=True)
-            ]
+            up, down = (_slopes_at(problem, piece, row * (sign * h)) for sign in (1, -1))
+            for i in range(len(up)):  # one after the other, so that three are not held
+                a, b, up[i], down[i] = up[i], down[i], None, None
+                up[i] = None if a is None or b is None else (a - b) / (2 * h)
+                del a, b
+            yield up
 
     return _by_differences(problem, V, made)
+
+
+def _slopes_at(problem: Problem, piece: Any, displacement: Tensor) -> list[Tensor | None]:
+    leaves = problem.leaves(displacement=displacement)
+    del displacement
+    with problem.filled(leaves):
+        return list(products.gradient(problem.evaluator.loss_of(piece), leaves))
 
 
 def ggn_by_differences(problem: Problem, V: Tensor, step: float | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from landscape import batches as batching
 from landscape import guard, losses
 from landscape.errors import Refused
+from landscape.plain_passes import plain
 
 Own = Callable[[Iterator[Any]], Iterator[Any]]
 
@@ -54,6 +55,7 @@ class Evaluator:
         self._holder = nn.ModuleDict({k: m for k, m in parts.items() if isinstance(m, nn.Module)})
         self.slots = guard.Slots(self._holder)
         self._open = False
+        self.autocast = "not met"  # whether the model wanted it, and got it
         self.plans: dict[Any, Any] = {}  # what was found out, for the time of a session
 
     @property
@@ -67,13 +69,19 @@ class Evaluator:
         if self._open:
             yield
             return
-        with guard.restored(self._holder, self._training):
+        with (
+            guard.restored(self._holder, self._training),
+            plain(self.device, autocast=self.dtype.itemsize < 4, met=self._note_autocast),
+        ):
             self._open = True
             try:
                 yield
             finally:
                 self._open = False
                 self.plans.clear()
+
+    def _note_autocast(self) -> None:
+        self.autocast = "on" if self.dtype.itemsize < 4 else "switched off"
 
     @contextmanager
     def twice_differentiable(self) -> Iterator[None]:

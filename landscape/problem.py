@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from landscape import arguments, averages, checks, product_checks, vectors
+from landscape import arguments, averages, checks, parameter_shards, product_checks, vectors
 from landscape import batches as batching
 from landscape.batches import Batches
 from landscape.errors import Refused
@@ -86,6 +86,16 @@ class Problem:
     Raises:
         ValueError, TypeError: for arguments that do not fit; the message says what is allowed.
     """
+
+    # Whether examples may be taken apart: not where other processes wait for passes over all of them.
+    apart: ClassVar[bool] = True
+
+    def __new__(cls, model: Any = None, *_: Any, **__: Any) -> Self:  # noqa: D102  (copies are made without a model)
+        if cls is not Problem or not parameter_shards.sharded(model):
+            return object.__new__(cls)
+        above = importlib.import_module("landscape.sharded_parameters")  # by name: a Problem of another kind
+        kind: type[Self] = above.ShardedProblem
+        return object.__new__(kind)
 
     def __init__(
         self,
@@ -583,11 +593,11 @@ class Problem:
         try:
             return product(self, V)
         except RuntimeError as failure:
-            from landscape.kernels import layout_failed
+            from landscape.kernels import milder
 
-            if not (self.kernels.channels_last and layout_failed(failure)):
+            if (kernels := milder(self.kernels, failure)) is None:
                 raise
-            self._kernels[:] = [dataclasses.replace(self.kernels, channels_last=False)]
+            self._kernels[:] = [kernels]
             self._graphs[:] = [KeptGraphs() for _ in self._graphs]
             return product(self, V)
 

@@ -25,6 +25,7 @@ from landscape.errors import Refused
 from landscape.memory import Plan
 from landscape.metrics.base import MEMORY, Journal, Metric, State, evaluate
 from landscape.metrics.base_journal import PREPARATION
+from landscape.plain_passes import precision
 from landscape.problem import Problem
 from landscape.results import Record
 from landscape.shares import Share
@@ -121,7 +122,9 @@ def measure(
         if progress is not None:
             progress(Progress(metric.name, 0, None, text))
 
-    with sharing.of(path, shard, part, timeout) as share, lock.held(share.locked, wait=wait, tell=waiting):
+    # Processes that share a model (FSDP) make all passes together, each with its own data.
+    divided = shard if problem.apart else "data"
+    with sharing.of(path, divided, part, timeout) as share, lock.held(share.locked, wait=wait, tell=waiting):
         return _measure(
             metric,
             problem,
@@ -292,6 +295,10 @@ class _Journal(Journal):
         if self.tell is not None and (self.share.main or self.share.world == 1):
             self.tell(Progress(self.metric.name, done, total, _so_far(self.metric, record)))
 
+    def step(self, record: Record, standing: Callable[[], str]) -> None:
+        if self.tell is not None and self.share.main and (words := standing()):
+            self.tell(Progress(self.metric.name, int(record["done"].sum()), record.attrs["stop"], words))
+
     def load_state(self, block: range) -> State | None:
         if self.path is None:
             return None
@@ -375,7 +382,10 @@ def _described(metric: Metric, problem: Problem, origin: dict[str, Any]) -> dict
         "examples": problem.examples(),
         **origin,
         "torch_version": str(torch.__version__),
+        "model_dtype": precision(problem.evaluator.model),
         "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "world_size": 1,
         "headline": metric.headline,
         "told": list(metric.told),
         "listed": list(metric.listed),

@@ -162,6 +162,8 @@ class DataShare(Share):
 
     def divided(self, problem: Problem) -> Problem:
         """The problem whose sums run over all ranks."""
+        if not problem.apart:
+            return problem
         mine = problem.replace()
         mine.shard = self._groups.enter_context(sharded.group(self.team, problem.device))
         return mine

@@ -29,6 +29,8 @@ FLOORS = [
         "lock",
         "losses",
         "scales",
+        "parameter_shards",
+        "plain_passes",
         "strict",
         "tensors",
     },
@@ -48,7 +50,7 @@ FLOORS = [
         "displaced",
     },
     {"problem"},
-    {"linear_maps", "uses"},
+    {"linear_maps", "sharded_parameters", "uses"},
     {
         "capture",
         "curvature_columns",

@@ -246,6 +246,10 @@ class SequentialMetric(Metric):
     def result(self, problem: Problem, shared: Record, block: range, state: Any) -> Values | None:
         """Return the block's values, or None while it has to go on."""
 
+    def standing(self, state: Any) -> str:  # noqa: ARG002  (a metric whose steps are short has nothing to say)
+        """Say in a few words how far a state is."""
+        return ""
+
     def stored(self, state: Any) -> State:
         """Turn a state into arrays."""
         return dict(state)
@@ -288,6 +292,7 @@ class SequentialMetric(Metric):
         else:
             inner = {name.removeprefix(_STEP): a for name, a in stored.items() if name.startswith(_STEP)}
             own = {name: array for name, array in stored.items() if not name.startswith(_STEP)}
+            stored = None  # large states are taken over array by array
             state = self.restored(problem, own)
         while (values := self.result(problem, shared, block, state)) is None:
             keep = functools.partial(self._keep, journal, block, state)
@@ -295,6 +300,7 @@ class SequentialMetric(Metric):
                 state = _as_read_back(self.step(problem, shared, block, state))
             inner = {}
             journal.save_state(block, functools.partial(self.stored, state))
+            journal.step(shared, functools.partial(self.standing, state))
         return values
 
     def _keep(self, journal: Journal, block: range, state: Any, inner: Callable[[], State]) -> None:

@@ -135,6 +135,10 @@ class EndsOfSpectrum(SequentialMetric):
             "limit": Variable(("end",), every * self.max_matvecs, "1", "products allowed to the solve"),
         }
 
+    def standing(self, state: Any) -> str:
+        """Say which ends of the spectrum were found so far."""
+        return "" if self.method == "power" else state.words()
+
     def stored(self, state: Any) -> State:
         """Turn the Krylov space into arrays."""
         return dict(state) if self.method == "power" else state.arrays()

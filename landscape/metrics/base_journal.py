@@ -56,6 +56,9 @@ class Journal:
     def progress(self, record: Record, done: int, total: int) -> None:
         """Take note of how far the current round is."""
 
+    def step(self, record: Record, standing: Callable[[], str]) -> None:
+        """Take note of a step of a sequential block; `standing` says in words where it is."""
+
     def load_state(self, block: range) -> State | None:
         """Return the saved state of a block, or of `PREPARATION`, if there is one."""
 
@@ -99,6 +102,10 @@ class Accounts(Journal):
             self.restore({key: held.pop(key) for key in _BOOKS})
         return held
 
+    def step(self, record: Record, standing: Callable[[], str]) -> None:
+        """Pass it on."""
+        self._journal.step(record, standing)
+
     def save_state(self, block: range, state: Callable[[], State]) -> None:
         """Keep a state with its costs."""
         self._journal.save_state(block, lambda: {**state(), **self.read()})
@@ -133,6 +140,7 @@ class Accounts(Journal):
         """Tell how products are made: known from the first one on, and stored with the first unit."""
         attrs, problem = self._record.attrs, self._problem
         attrs["kernels"] = self._kernels()
+        attrs["autocast"] = problem.evaluator.autocast
         if "products" not in attrs or problem.products_in_use != "not needed":
             attrs["products"] = problem.products_in_use
         if attrs.get("check") and problem.products == "auto":

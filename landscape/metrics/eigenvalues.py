@@ -138,6 +138,10 @@ class Eigenvalues(SequentialMetric):
             values["eigenvectors"] = Variable(("eigenvalue", "parameter"), rows, "1", words, sidecar=True)
         return values
 
+    def standing(self, state: Krylov) -> str:
+        """Say which ends of the spectrum were found so far."""
+        return state.words()
+
     def stored(self, state: Krylov) -> State:
         """Turn the Krylov space into arrays."""
         return state.arrays()

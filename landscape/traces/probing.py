@@ -16,6 +16,7 @@ from torch import Tensor
 
 from landscape import ggn_trace, residual
 from landscape.estimators.probes import draw, probe_gram
+from landscape.plain_passes import Autocast
 from landscape.problem import Problem
 from landscape.second_differences import quadratics
 from landscape.traces.plan import Plan
@@ -157,5 +158,5 @@ def _precision(problem: Problem, plan: Plan) -> Iterator[Problem]:
         yield problem
         return
     plain = problem.replace(kernels="none")
-    with plain.session(), torch.autocast(problem.device.type, dtype=torch.bfloat16):
+    with plain.session(), Autocast(problem.device.type, dtype=torch.bfloat16):
         yield plain
