@@ -63,8 +63,9 @@ def read(path: Path) -> Record:
         ResultsError: if it cannot be read, or is none.
     """
     record = results.read(path)
-    part = record.attrs.get("part")
-    if "done" not in record or not (isinstance(part, list) and len(part) == 2):
+    part, told = record.attrs.get("part"), {"configuration", "stop", "round"} <= record.attrs.keys()
+    is_part = isinstance(part, list) and len(part) == 2 and told and "done" in record
+    if not is_part or record["done"].dtype != bool or record["done"].ndim != 1:
         raise results.ResultsError(f"{path} is no part of a measurement; delete it")
     return record
 
@@ -102,6 +103,7 @@ def adopt(record: Record, part: Record) -> None:
 
     Raises:
         Refused: if its products were made in another way.
+        ResultsError: if its variables have another shape.
     """
     done, unit = part["done"], record.variables["done"].dims[0]
     if not (done & ~record["done"]).any():
@@ -114,6 +116,11 @@ def adopt(record: Record, part: Record) -> None:
         )
     for name, variable in part.variables.items():
         if name != "done" and variable.dims[:1] == (unit,):
+            if name in record and record[name].shape != variable.data.shape:
+                raise results.ResultsError(
+                    f"{name} has shape {variable.data.shape} in part {number(part)[0]}/{number(part)[1]} and "
+                    f"{record[name].shape} elsewhere; run that part again"
+                )
             rounds.put(record, name, variable, done, variable.data[done])
     record["done"][done] = True
     for key in COSTS:

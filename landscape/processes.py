@@ -11,8 +11,16 @@ from typing import Any
 
 
 def this() -> dict[str, Any]:
-    """Return what this process is known by: host, pid, and when it started (None where that cannot be told)."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    """Return what this process is known by: host, pid, where that number holds, and when it started.
+
+    The last two are None where they cannot be told.
+    """
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "space": _space(),
+        "started": _started(os.getpid()),
+    }
 
 
 def is_gone(who: dict[str, Any]) -> bool:
@@ -37,4 +45,13 @@ def _started(pid: int) -> str | None:
 
 
 def _is_here(who: dict[str, Any]) -> bool:
-    return bool(who) and who["host"] == socket.gethostname() and who["started"] is not None
+    return bool(who) and None not in {who["space"], who["started"]} and who["space"] == _space()
+
+
+def _space() -> str | None:
+    """The run of this machine and the container within which numbers of processes hold."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return None

@@ -266,7 +266,7 @@ class Team:
             return
         self._looked = self._count
         self._notice()
-        if found := self._failed() or self._silent(self.timeout):
+        if found := self._failed() or self._gone() or self._silent(self.timeout):
             self.leaving = True
             raise found
 
@@ -298,7 +298,7 @@ class Team:
     def _gone(self) -> RankLost | None:
         """Those whose process is no more, where that can be seen from here."""
         gone = [rank for rank in self.others if processes.is_gone(self._process(rank))]
-        gone = [rank for rank in gone if self._read(f"left/{rank}") is None]
+        gone = [r for r in gone if self._read(f"left/{r}") is None and self._read(f"gone/{r}") is None]
         return RankLost(f"{self._named(gone)} died", gone) if gone else None
 
     def _failed(self) -> RankLost | None:

@@ -150,6 +150,8 @@ def _measure(
 ) -> xarray.Dataset:
     """Measure into a file that no other process measures into, but for those who share the work."""
     path, record, about = share.path, None, None
+    if path is not None and overwrite and share.main:
+        _delete_states(path)
     share.begin(overwrite=overwrite)
     problem = share.divided(problem)
     if path is not None and overwrite and share.main:

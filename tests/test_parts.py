@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jobs
+import numpy as np
 import pytest
 from test_ranks import measured
 from test_run import Draws, same
@@ -14,6 +15,7 @@ from test_run import Draws, same
 import landscape
 from landscape import merging, metrics, parts, results
 from landscape.metrics import registry
+from landscape.results import Record, Variable
 
 
 def merged(name: str, out: Path, count: int, **options: Any) -> Any:
@@ -141,3 +143,28 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         part(1, 2, tmp_path, options={"overwrite": True})
     with pytest.raises(ValueError, match="'units', 'data', 'none'"):
         landscape.measure(Draws(), jobs.problem(), shard="half")  # type: ignore[arg-type]
+
+
+def test_files_that_are_no_parts_are_refused(tmp_path: Path) -> None:
+    part(1, 2, tmp_path)
+    part(2, 2, tmp_path)
+    place = parts.path_of(tmp_path / "draws.h5", 2, 2)
+    found = results.read(place)
+    for harm, words in (
+        (lambda r: r.attrs.pop("part"), "is no part of a measurement; delete it"),
+        (lambda r: r.attrs.pop("configuration"), "is no part of a measurement"),
+        (lambda r: r.variables.pop("done"), "is no part of a measurement"),
+        (_widened, "draw_value has shape"),
+    ):
+        wrong = Record(dict(found.variables), dict(found.attrs))
+        harm(wrong)
+        results.write(place, wrong)
+        with pytest.raises(landscape.ResultsError, match=words):
+            merging.merge(tmp_path / "draws.h5", Draws)
+    results.write(place, found)
+    assert merging.merge(tmp_path / "draws.h5", Draws).further == 0
+
+
+def _widened(record: Record) -> None:
+    values = record["draw_value"]
+    record.variables["draw_value"] = Variable(("draw", "more"), np.stack([values, values], axis=1))

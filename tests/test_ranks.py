@@ -122,26 +122,26 @@ def test_parts_that_killed_ranks_left_are_taken_in(tmp_path: Path, monkeypatch: 
     assert left
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
 @pytest.mark.parametrize("shard", ["units", "data"])
-def test_a_stopped_rank_is_named_and_ended(shard: Any, tmp_path: Path) -> None:
+def test_a_lost_rank_is_named(how: signal.Signals, shard: Any, tmp_path: Path) -> None:
     metric = Power(starts=4, steps=2000, pause=0.01) if shard == "data" else Draws(rounds=2, pause=0.3)
 
     def measure(number: int) -> int:
         (tmp_path / f"pid{number}").write_text(str(os.getpid()))
         if number == 1:
             signal.setitimer(signal.ITIMER_REAL, 0.7)
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), how))
         began = time.monotonic()
         with pytest.raises(RankLost) as lost:
             landscape.measure(metric, jobs.problem(), out=tmp_path, shard=shard, timeout=2.0)
         (tmp_path / "said").write_text(str(lost.value))
         return 5 if lost.value.ranks == [1] and time.monotonic() - began < 15 else 6
 
-    codes = jobs.run(2, measure)
-    assert codes == [5, -signal.SIGKILL]
-    pid = (tmp_path / "pid1").read_text()
-    assert (tmp_path / "said").read_text().startswith(f"rank 1 (process {pid} on ")
-    assert (tmp_path / "said").read_text().endswith("stopped: no sign of life for 2 s")
+    assert jobs.run(2, measure) == [5, -signal.SIGKILL]
+    pid, said = (tmp_path / "pid1").read_text(), (tmp_path / "said").read_text()
+    assert said.startswith(f"rank 1 (process {pid} on ")
+    assert said.endswith(") died" if how == signal.SIGKILL else ") stopped: no sign of life for 2 s")
     assert landscape.open(tmp_path / f"{metric.name}.h5").attrs["exit_code"] == 130
 
 
