@@ -31,6 +31,10 @@ def _spans(value: Any) -> bool:
     return all(isinstance(s, list) and len(s) == 2 and all(map(_whole(0), s)) for s in spans)
 
 
+def _pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_whole(1), value))
+
+
 def _configuration(value: Any) -> bool:
     try:
         return isinstance(value, str) and isinstance(json.loads(value), dict)
@@ -53,6 +57,7 @@ _ATTRIBUTES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **{name: ("a whole number", _is(int)) for name in ("seed", "memory")},
     **{name: ("a positive whole number", _whole(1)) for name in ("block_size", "world_size", "threads")},
     "stop": ("a whole number, not negative", _whole(0)),
+    "part": ("a pair of positive whole numbers", _pair),
     "complete": ("true or false", _is(bool)),
     "memory_plan": ("a table", _table),
     "check": ("a table or none", _or_none(_table)),

@@ -41,7 +41,7 @@ def label(dataset: h5py.Dataset, dims: bytes = b'["a"]') -> None:
 def test_the_plain_file_of_these_tests_is_read(tmp_path: Path) -> None:
     with ours(tmp_path / "a.h5") as file:
         label(file.create_dataset("x", data=np.arange(5.0)))
-        label(file.create_dataset("none", (0,), "f8", maxshape=(None,)))
+        label(file.create_dataset("none", (0,), "f8", maxshape=(None,)), b'["b"]')
     record = read(tmp_path / "a.h5")
     assert record["x"].tolist() == [0, 1, 2, 3, 4]
     assert record["none"].shape == (0,)

@@ -55,6 +55,7 @@ def changed(path: Path, **attrs: Any) -> None:
         ("complete", "yes"), ("memory_plan", [1]), ("check", 3), ("headline", 3), ("told", "trace"), ("listed", [3]),
         ("unit", None), ("configuration", "[1]"), ("configuration", "{"), ("configuration", 3), ("exit_code", "0"),
         ("parameter_ranges", {"a": [0]}), ("parameter_ranges", {"a": [0, -1]}), ("git_commit", 3), ("seed", 0.5),
+        ("part", ["a", 2]), ("part", [1]),
         ("configuration", "[" * 100_000),
     ],
 )  # fmt: skip
