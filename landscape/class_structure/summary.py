@@ -17,6 +17,8 @@ from landscape.results import Record, Variable
 Values = dict[str, Variable]
 TASK = "task_"  # begins the names of what single tasks found
 _TOLD = 2  # pairs that a line tells
+_ONCE = ("gram", "cosine", "eigenvalues_G2", "eigenvalues_G012", "vector_label", "vector_output", "tsne",
+         "point_label", "point_output")  # fmt: skip
 _DECADE = math.log(10.0)
 _WIDEST = 0.3 * _DECADE  # of the kernel of a density
 
@@ -121,10 +123,12 @@ def _classes(record: Record, at: int) -> Values:
 
 
 def of_means(record: Record) -> Values:
-    """Spectra of the parts, cosines and t-SNE, once all inner products are there."""
+    """Spectra of the parts, cosines and t-SNE, made once, when all inner products are there."""
     S, C = record["mean_probability"].shape
     if not record["done"][:S].all():
         return {}
+    if "tsne" in record:
+        return {name: record.variables[name] for name in _ONCE if name in record} | _within(record)
     weights, rows = weights_of(record), record[f"{TASK}rows"][:S].astype(float)
     found: Values = {}
     if record.attrs["sketch"]:
@@ -146,10 +150,7 @@ def of_means(record: Record) -> Values:
 
 
 def _embedded(record: Record, weights: Weights, rows: np.ndarray) -> Values:
-    """A t-SNE of class means and mean vectors, of the first classes where they are many; made once."""
-    names = ("tsne", "point_label", "point_output")
-    if "tsne" in record:
-        return {name: record.variables[name] for name in names}
+    """A t-SNE of class means and mean vectors, of the first classes where they are many."""
     S, C = weights.every.shape
     taken = min(S, max(2, embedding.MOST_POINTS // (C + 1)))
     if record.attrs["sketch"]:
