@@ -154,9 +154,7 @@ def _measure(
         _delete_states(path)
     share.begin(overwrite=overwrite)
     problem = share.divided(problem)
-    if path is not None and overwrite and share.main:
-        _delete_states(path)
-    elif path is not None and path.exists() and not overwrite:
+    if path is not None and path.exists() and not overwrite:
         record = results.read(path)
         about = identity.of(metric, problem, seed, memory, problem.data_fingerprint())
         share.agree(about)
