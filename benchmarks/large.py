@@ -6,8 +6,8 @@
 
 16 sequences of 128 tokens, a model that was briefly trained before (`large_problem.py`; its weights are kept in
 the working folder). `landscape measure` runs in fresh processes: the Gauss-Newton trace by sampled outputs,
-then the largest eigenvalue of the Hessian from 8 stored vectors; Ctrl-C is sent once its state was written
-twice, and the same command goes on. Memory is the highest that a process ever held, everything included.
+then the largest eigenvalue of the Hessian from 8 stored vectors; Ctrl-C is sent once its state was written,
+and the same command goes on. Memory is the highest that a process ever held, everything included.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ def inside(told: Path, command: list[str]) -> None:
 
 
 def run(told: Path, command: list[str], *, interrupted: bool = False) -> Ran:
-    """Measure in a fresh process; interrupt it after the second writing of its state, if asked to."""
+    """Measure in a fresh process; interrupt it once its state is written, if asked to."""
     told.unlink(missing_ok=True)
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, __file__, "--inside", str(told), *command])
     while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
         time.sleep(0.1)
-        if interrupted and len(_spent(told)) >= 2:
+        if interrupted and _spent(told):
             time.sleep(0.5)
             process.send_signal(signal.SIGINT)
             interrupted = False

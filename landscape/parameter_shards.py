@@ -10,6 +10,7 @@ all of them and does not depend on their number.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ def sharded(model: Any) -> bool:
     """Whether a model is wrapped by FSDP, of either version, or has DTensor parameters. Nothing is tried."""
     if not isinstance(model, nn.Module) or not dist.is_available() or not dist.is_initialized():
         return False  # both need a process group
+    if not {"torch.distributed.fsdp", "torch.distributed.tensor"} & sys.modules.keys():
+        return False  # nobody can have wrapped it; to import these takes seconds
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 

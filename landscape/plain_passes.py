@@ -7,8 +7,10 @@ differentiated with respect to chosen tensors nor twice; the other kind can, wit
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +24,20 @@ class Autocast(torch.autocast):
     __enter__ = torch.autocast.__enter__
 
 
+@dataclass(frozen=True, eq=False)
+class _Wish:
+    """What one who is within `plain` wants."""
+
+    autocast: bool
+    met: Callable[[], None]
+
+
+_wishes: list[_Wish] = []  # the last one counts; the backward passes of a GPU run in threads of their own
+_lock = threading.Lock()
+_autocast_enter: Any = torch.autocast.__enter__
+_reentrant = checkpoints.CheckpointFunction
+
+
 @contextmanager
 def plain(device: torch.device, *, autocast: bool, met: Callable[[], None]) -> Iterator[None]:
     """Answer reentrant checkpoints by the other kind, and keep autocast off.
@@ -31,31 +47,36 @@ def plain(device: torch.device, *, autocast: bool, met: Callable[[], None]) -> I
         autocast: whether autocast may be on, as where the measurement itself is in 16 bits.
         met: called where the model, or who called us, wanted autocast.
     """
-    entering: Any = torch.autocast.__enter__
-    reentrant = checkpoints.CheckpointFunction
-
-    def entered(self: torch.autocast) -> Any:
-        wanted = self._enabled
-        if wanted:
-            met()
-        self._enabled = wanted and autocast
-        try:
-            return entering(self)
-        finally:
-            self._enabled = wanted
-
     known = torch.amp.is_autocast_available(device.type)
     if known and torch.is_autocast_enabled(device.type):
         met()
     off = Autocast(device.type, enabled=False) if known and not autocast else nullcontext()
-    torch.autocast.__enter__ = entered  # type: ignore[method-assign]
-    checkpoints.CheckpointFunction = _Checkpoint  # type: ignore[assignment, misc]
+    wish = _Wish(autocast, met)
+    _stand_in(wish, begins=True)
     try:
         with off:
             yield
     finally:
-        torch.autocast.__enter__ = entering  # type: ignore[method-assign]
-        checkpoints.CheckpointFunction = reentrant  # type: ignore[misc]
+        _stand_in(wish, begins=False)
+
+
+def _stand_in(wish: _Wish, *, begins: bool) -> None:
+    """Stand in for PyTorch's own from the first wish until the last has ended, in whatever order they end."""
+    with _lock:
+        _wishes.append(wish) if begins else _wishes.remove(wish)
+        torch.autocast.__enter__ = _entered if _wishes else _autocast_enter  # type: ignore[method-assign]
+        checkpoints.CheckpointFunction = _Checkpoint if _wishes else _reentrant  # type: ignore[assignment, misc]
+
+
+def _entered(self: torch.autocast) -> Any:
+    wanted, wishes = self._enabled, list(_wishes)
+    if wanted and wishes:
+        wishes[-1].met()
+        self._enabled = wishes[-1].autocast
+    try:
+        return _autocast_enter(self)
+    finally:
+        self._enabled = wanted
 
 
 class _Checkpoint:

@@ -61,7 +61,8 @@ class Problem:
     copies stand in their place for the time of a pass.
 
     Args:
-        model: an `nn.Module`, or `f(params, x)`.
+        model: an `nn.Module`, or `f(params, x)`. One that FSDP wraps, or with DTensor parameters, makes a
+            `landscape.sharded_parameters.ShardedProblem`.
         loss: `loss(output, target)` -> one number per batch.
         data: a re-iterable of batches, deterministic (no shuffling, no augmentation).
         forward: `step(model, batch)` -> one number per batch, in place of `loss`.

@@ -209,7 +209,8 @@ def test_a_model_that_raises_is_put_back(kind: str) -> None:
             return step(model, batch)
 
         model = wrapped(kind, network(torch.float64))
-        problem = landscape.Problem(model, forward=failing, data=own_part(data(torch.float64)))
+        batches = own_part(data(torch.float64))
+        problem = landscape.Problem(model, forward=failing, data=batches, mode="train")
         before = bits(model)
         with pytest.raises(ArithmeticError):
             problem.hvp(torch.ones(problem.size, dtype=torch.float64))

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import landscape
 from landscape import metrics
+from landscape.plain_passes import plain
 from landscape.seeds import generator
 from landscape.testbeds.nets import own_stream
 
@@ -169,6 +170,22 @@ def test_autocast_around_a_measurement_is_off_in_it_too() -> None:
         assert torch.is_autocast_enabled("cpu")
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert problem.evaluator.autocast == "switched off"
+
+
+def test_measurements_that_overlap_leave_autocast_as_it_was() -> None:
+    entering = torch.autocast.__enter__
+    first, second = (
+        plain(torch.device("cpu"), autocast=False, met=lambda: None) for _ in range(2)
+    )  # fmt: skip
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # as two threads may end
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not torch.is_autocast_enabled("cpu")
+    second.__exit__(None, None, None)
+    assert torch.autocast.__enter__ is entering
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.is_autocast_enabled("cpu")
 
 
 def test_a_measurement_in_sixteen_bits_keeps_autocast() -> None:
