@@ -23,7 +23,7 @@ from landscape import opening
 from landscape.errors import Refused
 
 PICKLE_LIMIT = 64 << 20  # bytes of a description
-STEPS_LIMIT = 2_000_000  # steps of a description: thirty for each tensor, each at most some hundred bytes
+STEPS_LIMIT = 500_000  # steps of a description: thirty for each tensor, each at most some hundred bytes
 DIRECTORY_LIMIT = 16 << 20  # bytes of an archive's table of contents
 _ENDINGS = {".pt", ".pth", ".safetensors", ".ckpt"}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,18 +155,18 @@ def _stored(value: Any, key: str, path: Path) -> Any:
 
 
 def _content(path: Path, of_kind: str, trust: bool) -> Any:
-    import pickle
-
     if not trust:
         allowed = [_called(known) for known in torch.serialization.get_safe_globals()]
         require_harmless(path, of_kind, allowed)
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        raise Refused(f"{path} {needs(line(error))}") from error
     except Exception as error:
+        if called := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise Refused(f"{path} {needs(called[1])}") from error
         # torch.load on a damaged file raises whatever its parts raise
-        raise Refused(f"{path} is damaged or no checkpoint: {line(error)}") from error
+        # torch's own advice, to switch the safety off, is left out
+        why = str(error).partition("WeightsUnpickler error:")[2].strip().splitlines()[:1] or [line(error)]
+        raise Refused(f"{path} is damaged or no checkpoint: {why[0][:200]}") from error
 
 
 def _called(known: Any) -> str:

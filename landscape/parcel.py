@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from landscape.limits import ATTRIBUTES_LIMIT, COUNT_LIMIT, RANK_LIMIT
+from landscape.limits import ATTRIBUTES_LIMIT, COUNT_LIMIT, ENTRIES_LIMIT, RANK_LIMIT
 from landscape.record import NAME
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def _declared(header: Any, file_size: int) -> int:
     tables = [header["attrs"], *(table for *_, table in header["variables"])]
     attributes = sum(_size(*entry) for table in tables for entry in table)
     data = sum(_size(name, kind, shape) for name, kind, shape, _ in header["variables"])
-    if attributes > ATTRIBUTES_LIMIT or data > file_size:
+    entries = max((math.prod(shape) for table in tables for _, _, shape in table), default=0)
+    if attributes > ATTRIBUTES_LIMIT or data > file_size or entries > ENTRIES_LIMIT:
         raise ValueError("more than the file has")
     return attributes + data
 

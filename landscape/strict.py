@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import h5py
 import numpy as np
 
-from landscape.limits import ATTRIBUTE_LIMIT, ATTRIBUTES_LIMIT, COUNT_LIMIT, RANK_LIMIT
+from landscape.limits import ATTRIBUTE_LIMIT, ATTRIBUTES_LIMIT, COUNT_LIMIT, ENTRIES_LIMIT, RANK_LIMIT
 from landscape.record import NAME
 
 _MACHINERY = {"DIMENSION_LIST", "REFERENCE_LIST", "CLASS", "NAME"}
@@ -164,6 +164,8 @@ def _read_attribute(item: h5py.File | h5py.Dataset, name: str, what: str, budget
     size = math.prod(shape) * stored.get_size()
     if size > ATTRIBUTE_LIMIT:
         raise Refusal(f"{what} has {size} bytes, more than the allowed {ATTRIBUTE_LIMIT}")
+    if math.prod(shape) > ENTRIES_LIMIT:
+        raise Refusal(f"{what} has {math.prod(shape)} entries, more than the allowed {ENTRIES_LIMIT}")
     budget.take(size)
     values = np.zeros(shape, dtype=attribute.dtype)
     if values.size:

@@ -160,6 +160,11 @@ def a_sparse_giant_in_place_of_extra_state(path: Path) -> None:
     torch.save(dict(net().state_dict()) | {"0._extra_state": 7}, path)
 
 
+@hostile("is damaged or no checkpoint: Unsupported operand 108")
+def an_operation_that_torch_does_not_know(path: Path) -> None:
+    packed(path, HEAD + b"(K\1l.")
+
+
 @hostile("no state dict")
 def methods_of_a_dict_replaced(path: Path) -> None:
     # OrderedDict() whose `items` and `keys` are numbers

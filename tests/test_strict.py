@@ -210,7 +210,12 @@ def huge_attribute(file: h5py.File, folder: Path) -> None:
 @hostile("need more than the allowed")
 def many_large_attributes(file: h5py.File, folder: Path) -> None:
     for k in range(5):
-        file.attrs[f"x{k}"] = np.zeros(2_000_000)
+        file.attrs[f"x{k}"] = np.bytes_(b"x" * 15_000_000)
+
+
+@hostile("20000 entries, more than the allowed 1000")
+def attribute_of_many_numbers(file: h5py.File, folder: Path) -> None:
+    file.attrs["x"] = np.zeros(20_000, np.int8)
 
 
 @hostile("more than 500 attributes")
