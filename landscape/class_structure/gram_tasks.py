@@ -122,7 +122,7 @@ class Grams(Task):
             else:
                 more = p * (lengths[:, None] - 2 * inner)
             stop = at + p.shape[1]
-            within[at:stop] += more.sum(0).cpu().numpy()
+            within[at:stop] += source.factor * more.sum(0).cpu().numpy()
             at = stop
         if columns.stop == source.layout.outputs:
             within[:count] /= count * source.layout.classes

@@ -21,6 +21,7 @@ from landscape import averages, products, vectors
 from landscape import batches as batching
 from landscape.class_structure.grams import Weights
 from landscape.class_structure.labels import ByClass
+from landscape.errors import Refused
 from landscape.ggn_passes import Passes
 from landscape.gradient_readings import ExampleNorms
 from landscape.kernels import active
@@ -35,15 +36,23 @@ class Source:
         data: its data, class after class.
         weighting: "2019" or "2020".
         probabilities: mean of p over the examples of each class, (S, C).
+        factor: κ, for a loss that is κ times cross-entropy.
 
     Attributes:
         weights: of the vectors in G.
     """
 
-    def __init__(self, problem: Problem, data: ByClass, weighting: str, probabilities: np.ndarray):
+    def __init__(
+        self,
+        problem: Problem,
+        data: ByClass,
+        weighting: str,
+        probabilities: np.ndarray,
+        factor: float = 1.0,
+    ):
         self.problem, self.data, self.layout = problem, data, data.layout
-        self.weighting = weighting
-        self.weights = Weights.of(weighting, probabilities, np.array(self.layout.labels))
+        self.weighting, self.factor = weighting, factor
+        self.weights = Weights.of(weighting, probabilities, np.array(self.layout.labels), factor)
         self._shares = torch.from_numpy(probabilities)
         self._passed = 0.0
 
@@ -95,7 +104,7 @@ class Source:
             self._charge(2 * batching.examples(piece) * len(V))
 
     def squares(self, c: int, memory: int) -> Tensor:
-        """The trace of Jᵢᵀ(diag p - p pᵀ)Jᵢ / n_c for each example of a class, float64 (n_c,).
+        """The trace of κ Jᵢᵀ(diag p - p pᵀ)Jᵢ / n_c for each example of a class, float64 (n_c,).
 
         Args:
             c: index of the class.
@@ -146,7 +155,11 @@ class _Together(Passes):
 
 
 def mean_probabilities(problem: Problem, data: ByClass) -> np.ndarray:
-    """The mean of p over the examples of each class, (S, C) float64."""
+    """The mean of p over the examples of each class, (S, C) float64.
+
+    Raises:
+        Refused: if an example's logits are not finite.
+    """
     found = np.zeros((data.layout.classes, data.layout.outputs))
     with problem.session(), torch.no_grad():
         for c, count in enumerate(data.layout.counts):
@@ -155,4 +168,7 @@ def mean_probabilities(problem: Problem, data: ByClass) -> np.ndarray:
                     p = torch.softmax(problem.evaluator.outputs(piece).double(), 1)
                 found[c] += p.sum(0).cpu().numpy() / count
     problem.cost.values += 1
+    if len(bad := np.flatnonzero(~np.isfinite(found).all(axis=1))):
+        label = data.layout.labels[bad[0]]
+        raise Refused(f"the logits of an example of class {label} are not finite; leave such examples out")
     return found

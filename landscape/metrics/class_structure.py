@@ -98,7 +98,7 @@ class ClassStructure(SequentialMetric):
     def prepare(self, problem: Problem, seed: int) -> Record:
         """Read the classes, and choose what is held at once."""
         layout = labels.read(problem, self.classes, self.per_class)
-        labels.require_cross_entropy(problem)
+        factor = labels.factor(problem)
         names = labels.names(problem, layout, self.class_names)
         data = labels.ByClass(problem, layout)
         probabilities = mean_probabilities(labels.balanced(problem, layout), data)
@@ -120,6 +120,7 @@ class ClassStructure(SequentialMetric):
             },
             {
                 "weighting": self.weighting,
+                "loss_factor": factor,
                 "sketch": sketch,
                 "balanced": layout.every,
                 "perplexity": float(S),
@@ -270,7 +271,8 @@ class ClassStructure(SequentialMetric):
             data = labels.ByClass(problem, layout)
             twin = labels.balanced(problem, layout)
             # with the problem itself, so that no other takes its identity
-            plans[key] = Source(twin, data, self.weighting, shared["mean_probability"]), problem
+            known = shared["mean_probability"], shared.attrs["loss_factor"]
+            plans[key] = Source(twin, data, self.weighting, *known), problem
         found: Source = plans[key][0]
         return found
 
