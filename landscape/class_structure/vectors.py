@@ -54,7 +54,6 @@ class Source:
         self.weighting, self.factor = weighting, factor
         self.weights = Weights.of(weighting, probabilities, np.array(self.layout.labels), factor)
         self._shares = torch.from_numpy(probabilities)
-        self._passed = 0.0
 
     def pulled(self, c: int, combinations: Tensor) -> Tensor:
         """Σ_c' Y_rc' v_cc' for each row of Y (r, C); float64 (r, n)."""
@@ -71,7 +70,6 @@ class Source:
                     for (start, stop), slope in zip(problem.space.ranges.values(), slopes, strict=True):
                         if slope is not None:
                             row[start:stop] += slope.reshape(-1)
-            self._charge(batching.examples(piece) * len(combinations))
         return total
 
     def part(self, name: str) -> Tensor:
@@ -101,7 +99,6 @@ class Source:
                     changes = [graph.pushed(row)[0] for row in rows]
             z = torch.stack([change.detach().double() for change in changes])
             yield p, a, z - (z * p).sum(2, keepdim=True)
-            self._charge(2 * batching.examples(piece) * len(V))
 
     def squares(self, c: int, memory: int) -> Tensor:
         """The trace of κ Jᵢᵀ(diag p - p pᵀ)Jᵢ / n_c for each example of a class, float64 (n_c,).
@@ -116,17 +113,7 @@ class Source:
             norms = [block for block in blocks if isinstance(block, Tensor)]
             count = batching.examples(piece)
             found.append(sum(norms, torch.zeros(count, dtype=torch.float64, device=self.problem.device)))
-            self._charge(count * passes.columns)
         return torch.cat(found)
-
-    def spend(self) -> None:
-        """Add the passes to the problem's cost, in units of a gradient over all its data."""
-        whole = int(self._passed)
-        self._passed -= whole
-        self.problem.cost.gradients += whole
-
-    def _charge(self, examples: float) -> None:
-        self._passed += examples / float(self.layout.counts.sum())
 
     def _pieces(self, c: int) -> Iterator[Any]:
         return self.problem.evaluator.cut(self.data.of(c))

@@ -44,9 +44,11 @@ class Task(abc.ABC):
 
     Attributes:
         units: how many.
+        passes: over all data that they take beside products, each about a gradient.
     """
 
     units: int = 1
+    passes: float = 0.0
 
     @abc.abstractmethod
     def start(self) -> Any:

@@ -202,10 +202,10 @@ class ClassStructure(SequentialMetric):
 
     def result(self, problem: Problem, shared: Record, block: range, state: Work) -> Values | None:
         """Return what the tasks found, NaN where a task does not find that."""
-        units = self._made(problem, shared, block, state).done()
-        if units is None:
+        work = self._made(problem, shared, block, state)
+        if (units := work.done()) is None:
             return None
-        self._source(problem, shared).spend()
+        problem.cost.gradients += round(sum(task.passes for task in work.tasks or []))
         found = {}
         for key in {key: None for unit in units for key in unit}:
             like = next(unit[key] for unit in units if key in unit)
@@ -261,7 +261,11 @@ class ClassStructure(SequentialMetric):
         if S in block:
             made.append(Top(source, limits, None if shared.attrs["balanced"] else problem))
         names = [str(shared["spectrum"][i - S - 1]) for i in block if i > S]
-        return made + [Chains(functools.partial(_matrix, name, source), limits) for name in names]
+        for name in names:
+            part = spectra.part_of(name)
+            passes = source.weights.columns(part) / S if part else 0.0
+            made.append(Chains(functools.partial(_matrix, name, source), limits, passes))
+        return made
 
     def _source(self, problem: Problem, shared: Record) -> Source:
         """The source of mean vectors, the same for the time of a session."""
