@@ -330,6 +330,16 @@ def test_a_sum_a_function_smoothed_labels_and_ignored_ones() -> None:
         found = landscape.measure(metric, problem)
         for name in ("eigenvalues_G", "eigenvalues_hessian", "within"):
             assert close(found[name], plain[name]), (what, name)
+    scaled = landscape.measure(
+        metric,
+        Problem(
+            model, lambda f, t: 2.0**-27 * of_my_own(f, t), cut(x, y), weight=lambda batch: len(batch[1])
+        ),
+    )
+    for name in ("eigenvalues_G", "eigenvalues_G1", "eigenvalues_G012", "eigenvalues_hessian", "within"):
+        assert close(2.0**27 * scaled[name], plain[name]), name
+    for name in ("gram", "class_gram", "label_share", "share_G1"):
+        assert close(scaled[name], plain[name]), name
     smooth = landscape.measure(metric, Problem(model, nn.CrossEntropyLoss(label_smoothing=0.1), cut(x, y)))
     assert close(smooth["eigenvalues_G"], plain["eigenvalues_G"])
 

@@ -91,6 +91,29 @@ def test_other_losses_and_outputs_are_refused() -> None:
     assert "output=" in refused(whole)
 
 
+@pytest.mark.parametrize("place", [3, 11])
+def test_an_example_without_finite_logits_is_refused(place: int) -> None:
+    x, y = data((6, 6, 6))
+    x[place] = torch.nan
+    with pytest.raises(Refused, match=f"an example of class {int(y[place])} are not finite"):
+        landscape.measure(ClassStructure(), Problem(mlp(), CE, cut(x, y)), check=False)
+    assert "nan" in refused(Problem(mlp(), CE, cut(x, y)))
+
+
+@pytest.mark.parametrize("weighting", ["2019", "2020"])
+def test_two_classes_of_one_example_each(weighting: str) -> None:
+    """G2 and G3 vanish: there is one other output, and nothing scatters."""
+    x, y = data((1, 1))
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    record = landscape.evaluate(ClassStructure(weighting), Problem(net, CE, cut(x, y)))
+    assert record["converged"]
+    top = record["eigenvalues_G"]
+    assert close(record["eigenvalues_G012"][:2], top[:2])
+    assert abs(record["eigenvalues_G2"]).max() <= 1e-12 * top[0]
+    assert abs(record["within"]).max() <= 1e-12 * top[0]
+    assert np.isfinite(record["tsne"]).all()
+
+
 def test_examples_that_meet_in_a_batch_are_refused() -> None:
     x, y = data((6, 6, 6), (1, 6, 6))
     problem = Problem(Conv().double(), CE, cut(x, y, 9), mode="train")
@@ -194,8 +217,6 @@ def test_interrupted_runs_end_with_the_same_bits(settings: dict, after: int) -> 
     assert stops > 3
     for key, variable in whole.variables.items():
         if key == "wall_seconds":
-            continue
-        if key in {"gradients", "values", "matvecs"}:  # what was made anew is counted
             continue
         assert variable.data.dtype == record[key].dtype, key
         assert np.array_equal(variable.data, record[key], equal_nan=variable.data.dtype.kind == "f"), key

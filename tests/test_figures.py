@@ -187,3 +187,16 @@ def test_other_coordinates_bend_the_minimum_by_the_formula(monkeypatch: pytest.M
         assert found.curvature[0] == pytest.approx(2.0 * 0.1 ** (-2 * a), rel=1e-9)
         assert found.expected == pytest.approx(found.curvature[0], rel=1e-9)
         assert found.minima[0] == 0.0
+
+
+def test_the_widest_gap_is_where_it_was_put(monkeypatch: pytest.MonkeyPatch):
+    papyan = recipe("papyan", monkeypatch)
+    one = papyan.Outcome(np.array([9.0, 4.0, 3.5, 3.0, 1.5, 1.4, 1.3]), 0.9, 2.0, 0.5)
+    assert one.widest() == 1
+    assert one.widest(2) == one.widest(4) == 4
+    with torch.no_grad():
+        for make in papyan.NETWORKS.values():
+            assert make().eval()(torch.zeros(2, 64)).shape == (2, papyan.CLASSES)
+    model = papyan.NETWORKS["MLP"]()
+    assert list(papyan.trained(model, 1)) == [0, 1]
+    assert not model.training

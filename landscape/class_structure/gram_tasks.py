@@ -34,7 +34,21 @@ class Grams(Task):
             self.pairs = [(range(c * C, (c + 1) * C), c) for c in classes]
         else:
             self.pairs = [(lot, d) for lot in lots for d in range(lot.start // C, S)]
+        self.passes = self._counted(lots)
         self._held: tuple[range, Tensor] | None = None
+
+    def _counted(self, lots: list[range]) -> float:
+        """A pass over a class for each vector that is made; for an attribution two more, and one for its norm."""
+        shares, C = self.source.layout.counts / self.source.layout.counts.sum(), self.source.layout.outputs
+        own = 0.0 if self.limits.sketch else sum(float(shares[v // C]) for lot in lots for v in lot)
+        streamed = sum(
+            C * float(shares[d]) for lot, d in self.pairs if self.limits.sketch or (d + 1) * C > lot.stop
+        )
+        return (
+            own
+            + streamed
+            + 3 * C * float(shares[self.classes.start : self.classes.stop].sum()) * self.limits.attribution
+        )
 
     def start(self) -> Arrays:
         """Nothing is known."""
@@ -122,7 +136,7 @@ class Grams(Task):
             else:
                 more = p * (lengths[:, None] - 2 * inner)
             stop = at + p.shape[1]
-            within[at:stop] += more.sum(0).cpu().numpy()
+            within[at:stop] += source.factor * more.sum(0).cpu().numpy()
             at = stop
         if columns.stop == source.layout.outputs:
             within[:count] /= count * source.layout.classes

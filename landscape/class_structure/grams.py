@@ -35,16 +35,20 @@ class Weights:
     means: Array
 
     @classmethod
-    def of(cls, weighting: str, probabilities: Array, labels: NDArray[np.intp]) -> Weights:
-        """Weights of 2019: ω = 1/S for all. Of 2020: the mean probability of c' in class c, over S.
+    def of(
+        cls, weighting: str, probabilities: Array, labels: NDArray[np.intp], factor: float = 1.0
+    ) -> Weights:
+        """Weights of 2019: ω = κ/S for all. Of 2020: the mean probability of c' in class c, times κ/S.
 
         Args:
             weighting: "2019" or "2020".
             probabilities: mean of p over the examples of each class, (S, C).
             labels: of the classes, (S,).
+            factor: κ, for a loss that is κ times cross-entropy.
         """
         size = len(probabilities)
-        every = np.full(probabilities.shape, 1.0 / size) if weighting == "2019" else probabilities / size
+        share = factor / size
+        every = np.full(probabilities.shape, share) if weighting == "2019" else share * probabilities
         others = every.copy()
         others[np.arange(size), labels] = 0.0
         totals = others.sum(axis=1, keepdims=True)

@@ -137,48 +137,57 @@ def _few(batch: Any) -> Any:
     return batching.cut(batch, 0, min(_TESTED, batching.examples(batch)))
 
 
-def require_cross_entropy(problem: Problem) -> None:
-    """Test on a few examples that the loss is cross-entropy of logits, and that examples do not meet.
+def factor(problem: Problem) -> float:
+    """Test on a few examples that the loss is κ times the cross-entropy of logits, and that examples do not meet.
+
+    Returns:
+        κ > 0, 1 for the cross-entropy itself.
 
     Raises:
         Refused: if one is not so.
     """
-    piece = next(piece for piece, _ in problem.evaluator.pieces(problem.batches))
-    few = _few(piece)
+    few = _few(next(piece for piece, _ in problem.evaluator.pieces(problem.batches)))
     count = batching.examples(few)
     with problem.session(), torch.no_grad(), problem.filled(problem.leaves()):
         f = problem.evaluator.outputs(few)
         try:
             alone = problem.evaluator.outputs(batching.cut(few, count - 1, count))
         except (RuntimeError, ValueError):  # BatchNorm in training mode refuses a single example
-            alone = torch.full_like(f[-1:], torch.nan)
-    if not _close(alone[0], f[-1]):
+            alone = torch.full_like(f[-1:], torch.inf)
+    if bool(torch.isfinite(f).all()) and not _close(alone[0], f[-1]):
         raise Refused(
             "the outputs of an example depend on the others of its batch (BatchNorm in training mode does that); the "
             "class structure needs examples that stand alone: mode='eval'"
         )
-    if not _is_cross_entropy(problem, few, f):
+    found = _factor(problem, few, f)
+    if not found > 0:
         name, options = losses.describe(problem.evaluator.loss)
         what = f"{name} with class weights" if options.get("weight") is not None else name or "another"
         raise Refused(
             f"the loss is {what}, whose second derivative in the outputs is not diag(p) - p pᵀ with p = softmax; the "
             "class structure needs the cross-entropy of logits: loss=torch.nn.functional.cross_entropy"
         )
+    return found
 
 
-def _is_cross_entropy(problem: Problem, few: Any, f: Tensor) -> bool:
-    """Whether ∂ℓ/∂f − softmax(f) is the same at two points: then all higher derivatives agree."""
+def _factor(problem: Problem, few: Any, f: Tensor) -> float:
+    """The κ for which ∂ℓ/∂f − κ softmax(f) is the same at two points, so that all higher derivatives agree; or 0."""
     evaluator, stream = problem.evaluator, seeds.generator(0, "class_structure", 0)
     target, scale = evaluator.target_of(few), evaluator.scale(evaluator.weigh(few))
-    rest = []
+    slopes, shares = [], []
     for _ in range(2):
         z = torch.randn(f.shape, generator=stream, dtype=torch.float64).to(f).requires_grad_()
         with torch.enable_grad():
             slope = torch.autograd.grad(evaluator.loss_from(z, target) * scale, z)[0]
-        rest.append(slope - torch.softmax(z.detach(), 1))
+        slopes.append(slope.double())
+        shares.append(torch.softmax(z.detach().double(), 1))
+    labelled = (target.reshape(-1) != evaluator.ignored())[:, None].double()
+    changed, expected = (labelled * (one - two) for one, two in (slopes, shares))
+    kappa = float((changed * expected).sum() / expected.square().sum())
     allowed = _ROUNDING * torch.finfo(f.dtype).eps
-    labelled = (target.reshape(-1) != evaluator.ignored())[:, None].to(rest[0])
-    return bool(((rest[0] - rest[1]) * labelled).abs().max() <= allowed)
+    if not float((changed - kappa * expected).abs().max()) <= allowed * abs(kappa):
+        return 0.0
+    return 1.0 if abs(kappa - 1) <= allowed else kappa
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

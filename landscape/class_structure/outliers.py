@@ -31,9 +31,10 @@ def composition(source: Source, values: np.ndarray, vectors: Tensor) -> dict[str
     S, C = source.layout.classes, source.layout.outputs
     along, pairs = np.zeros((2, len(values), S, C))
     for c, count in enumerate(source.layout.counts):
+        share = source.factor / (S * int(count))
         for p, a, s in source.pushed(c, vectors):
             along[:, c] += torch.einsum("mj,kmj->kj", a, s).cpu().numpy()
-            pairs[:, c] += torch.einsum("mj,kmj->kj", p, s.square()).cpu().numpy() / (count * S)
+            pairs[:, c] += share * torch.einsum("mj,kmj->kj", p, s.square()).cpu().numpy()
     weights = source.weights
     own = along[:, np.arange(S), weights.own]
     means = np.einsum("kcj,cj->kc", along, weights.means)

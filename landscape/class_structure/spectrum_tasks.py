@@ -39,6 +39,7 @@ class Top(Task):
         if plain is not None:
             made["ggn"] = lambda: operators.ggn(plain)
         self.matrices = list(made.items())
+        self.passes = 2.0 + 2 * min(limits.eigenvalues, source.problem.size)
 
     def start(self) -> dict[str, Any]:
         """No product was made."""
@@ -126,10 +127,11 @@ class Chains(Task):
     Args:
         made: makes the matrix.
         limits: how many, how long, and from which random vectors; the same for every matrix.
+        passes: over all data that it takes to make the matrix.
     """
 
-    def __init__(self, made: Callable[[], operators.Operator], limits: Limits):
-        self._make, self.limits = made, limits
+    def __init__(self, made: Callable[[], operators.Operator], limits: Limits, passes: float):
+        self._make, self.limits, self.passes = made, limits, passes
         self._matrix: operators.Operator | None = None
 
     @property

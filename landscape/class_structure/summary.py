@@ -25,7 +25,8 @@ _WIDEST = 0.3 * _DECADE  # of the kernel of a density
 
 def weights_of(record: Record) -> Weights:
     """The weights of the mean vectors."""
-    return Weights.of(record.attrs["weighting"], record["mean_probability"], record["label"].astype(int))
+    labels, attrs = record["label"].astype(int), record.attrs
+    return Weights.of(attrs["weighting"], record["mean_probability"], labels, attrs["loss_factor"])
 
 
 def converged(record: Record) -> bool:

@@ -21,6 +21,7 @@ from landscape import averages, products, vectors
 from landscape import batches as batching
 from landscape.class_structure.grams import Weights
 from landscape.class_structure.labels import ByClass
+from landscape.errors import Refused
 from landscape.ggn_passes import Passes
 from landscape.gradient_readings import ExampleNorms
 from landscape.kernels import active
@@ -35,18 +36,24 @@ class Source:
         data: its data, class after class.
         weighting: "2019" or "2020".
         probabilities: mean of p over the examples of each class, (S, C).
+        factor: κ, for a loss that is κ times cross-entropy.
 
     Attributes:
         weights: of the vectors in G.
-        passed: passes over examples, in units of a gradient over all data.
     """
 
-    def __init__(self, problem: Problem, data: ByClass, weighting: str, probabilities: np.ndarray):
+    def __init__(
+        self,
+        problem: Problem,
+        data: ByClass,
+        weighting: str,
+        probabilities: np.ndarray,
+        factor: float = 1.0,
+    ):
         self.problem, self.data, self.layout = problem, data, data.layout
-        self.weighting = weighting
-        self.weights = Weights.of(weighting, probabilities, np.array(self.layout.labels))
+        self.weighting, self.factor = weighting, factor
+        self.weights = Weights.of(weighting, probabilities, np.array(self.layout.labels), factor)
         self._shares = torch.from_numpy(probabilities)
-        self.passed = 0.0
 
     def pulled(self, c: int, combinations: Tensor) -> Tensor:
         """Σ_c' Y_rc' v_cc' for each row of Y (r, C); float64 (r, n)."""
@@ -63,7 +70,6 @@ class Source:
                     for (start, stop), slope in zip(problem.space.ranges.values(), slopes, strict=True):
                         if slope is not None:
                             row[start:stop] += slope.reshape(-1)
-            self._charge(batching.examples(piece) * len(combinations))
         return total
 
     def part(self, name: str) -> Tensor:
@@ -93,10 +99,9 @@ class Source:
                     changes = [graph.pushed(row)[0] for row in rows]
             z = torch.stack([change.detach().double() for change in changes])
             yield p, a, z - (z * p).sum(2, keepdim=True)
-            self._charge(2 * batching.examples(piece) * len(V))
 
     def squares(self, c: int, memory: int) -> Tensor:
-        """The trace of Jᵢᵀ(diag p - p pᵀ)Jᵢ / n_c for each example of a class, float64 (n_c,).
+        """The trace of κ Jᵢᵀ(diag p - p pᵀ)Jᵢ / n_c for each example of a class, float64 (n_c,).
 
         Args:
             c: index of the class.
@@ -108,11 +113,7 @@ class Source:
             norms = [block for block in blocks if isinstance(block, Tensor)]
             count = batching.examples(piece)
             found.append(sum(norms, torch.zeros(count, dtype=torch.float64, device=self.problem.device)))
-            self._charge(count * passes.columns)
         return torch.cat(found)
-
-    def _charge(self, examples: float) -> None:
-        self.passed += examples / float(self.layout.counts.sum())
 
     def _pieces(self, c: int) -> Iterator[Any]:
         return self.problem.evaluator.cut(self.data.of(c))
@@ -141,7 +142,11 @@ class _Together(Passes):
 
 
 def mean_probabilities(problem: Problem, data: ByClass) -> np.ndarray:
-    """The mean of p over the examples of each class, (S, C) float64."""
+    """The mean of p over the examples of each class, (S, C) float64.
+
+    Raises:
+        Refused: if an example's logits are not finite.
+    """
     found = np.zeros((data.layout.classes, data.layout.outputs))
     with problem.session(), torch.no_grad():
         for c, count in enumerate(data.layout.counts):
@@ -150,4 +155,7 @@ def mean_probabilities(problem: Problem, data: ByClass) -> np.ndarray:
                     p = torch.softmax(problem.evaluator.outputs(piece).double(), 1)
                 found[c] += p.sum(0).cpu().numpy() / count
     problem.cost.values += 1
+    if len(bad := np.flatnonzero(~np.isfinite(found).all(axis=1))):
+        label = data.layout.labels[bad[0]]
+        raise Refused(f"the logits of an example of class {label} are not finite; leave such examples out")
     return found

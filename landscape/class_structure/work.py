@@ -44,9 +44,11 @@ class Task(abc.ABC):
 
     Attributes:
         units: how many.
+        passes: over all data that they take beside products, each about a gradient.
     """
 
     units: int = 1
+    passes: float = 0.0
 
     @abc.abstractmethod
     def start(self) -> Any:
@@ -78,14 +80,12 @@ class Work:
         finished: values of the units of those before it.
         inner: its state; arrays as they were stored where `tasks` is None.
         tasks: None after `restored`, until they are made again.
-        passed: passes over examples so far, in units of a gradient over all data.
     """
 
     position: int
     finished: list[Arrays]
     inner: Any
     tasks: list[Task] | None
-    passed: float = 0.0
 
     @classmethod
     def begun(cls, tasks: list[Task]) -> Work:
@@ -113,15 +113,14 @@ class Work:
         inner = self.tasks[self.position].stored(self.inner) if on else {}
         units = {f"unit.{i}.{key}": x for i, one in enumerate(self.finished) for key, x in one.items()}
         counts = np.array([self.position, len(self.finished)])
-        inner = {f"inner.{key}": x for key, x in inner.items()}
-        return {"counts": counts, "passed": np.array(self.passed), **units, **inner}
+        return {"counts": counts, **units, **{f"inner.{key}": x for key, x in inner.items()}}
 
     @classmethod
     def restored(cls, arrays: Arrays) -> Work:
         """Bring it back, but for the tasks."""
         position, units = map(int, arrays["counts"])
         finished = [under(arrays, f"unit.{i}.") for i in range(units)]
-        return cls(position, finished, under(arrays, "inner."), None, float(arrays["passed"]))
+        return cls(position, finished, under(arrays, "inner."), None)
 
     def with_tasks(self, tasks: list[Task]) -> None:
         """Go on with these tasks, the same as before."""

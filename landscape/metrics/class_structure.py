@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -98,7 +98,7 @@ class ClassStructure(SequentialMetric):
     def prepare(self, problem: Problem, seed: int) -> Record:
         """Read the classes, and choose what is held at once."""
         layout = labels.read(problem, self.classes, self.per_class)
-        labels.require_cross_entropy(problem)
+        factor = labels.factor(problem)
         names = labels.names(problem, layout, self.class_names)
         data = labels.ByClass(problem, layout)
         probabilities = mean_probabilities(labels.balanced(problem, layout), data)
@@ -120,6 +120,7 @@ class ClassStructure(SequentialMetric):
             },
             {
                 "weighting": self.weighting,
+                "loss_factor": factor,
                 "sketch": sketch,
                 "balanced": layout.every,
                 "perplexity": float(S),
@@ -196,18 +197,15 @@ class ClassStructure(SequentialMetric):
 
     def step(self, problem: Problem, shared: Record, block: range, state: Work) -> Work:
         """Go on with the task that is on."""
-        source = self._source(problem, shared)
-        source.passed = state.passed
         self._made(problem, shared, block, state).step()
-        state.passed = source.passed
         return state
 
     def result(self, problem: Problem, shared: Record, block: range, state: Work) -> Values | None:
         """Return what the tasks found, NaN where a task does not find that."""
-        units = self._made(problem, shared, block, state).done()
-        if units is None:
+        work = self._made(problem, shared, block, state)
+        if (units := work.done()) is None:
             return None
-        problem.cost.gradients += round(state.passed)
+        problem.cost.gradients += round(sum(task.passes for task in work.tasks or []))
         found = {}
         for key in {key: None for unit in units for key in unit}:
             like = next(unit[key] for unit in units if key in unit)
@@ -233,11 +231,6 @@ class ClassStructure(SequentialMetric):
         fine = bool(record["done"].all()) and summary.converged(record)
         found["converged"] = Variable((), np.asarray(fine), "1", "whether all eigenpairs reached rtol")
         return found
-
-    @property
-    def loss_powers(self) -> Mapping[str, float]:
-        """None: a multiple of the cross-entropy is another loss, which is refused."""
-        return {}
 
     def outlook(self, problem: Problem) -> tuple[int, int]:
         """Predict the products: those of the chains, of two eigensolves, and the passes for the mean vectors."""
@@ -268,7 +261,11 @@ class ClassStructure(SequentialMetric):
         if S in block:
             made.append(Top(source, limits, None if shared.attrs["balanced"] else problem))
         names = [str(shared["spectrum"][i - S - 1]) for i in block if i > S]
-        return made + [Chains(functools.partial(_matrix, name, source), limits) for name in names]
+        for name in names:
+            part = spectra.part_of(name)
+            passes = source.weights.columns(part) / S if part else 0.0
+            made.append(Chains(functools.partial(_matrix, name, source), limits, passes))
+        return made
 
     def _source(self, problem: Problem, shared: Record) -> Source:
         """The source of mean vectors, the same for the time of a session."""
@@ -278,7 +275,8 @@ class ClassStructure(SequentialMetric):
             data = labels.ByClass(problem, layout)
             twin = labels.balanced(problem, layout)
             # with the problem itself, so that no other takes its identity
-            plans[key] = Source(twin, data, self.weighting, shared["mean_probability"]), problem
+            known = shared["mean_probability"], shared.attrs["loss_factor"]
+            plans[key] = Source(twin, data, self.weighting, *known), problem
         found: Source = plans[key][0]
         return found
 
