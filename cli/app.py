@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import linecache
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 import click
 
-from . import causes, compare, coreset, listing, measure, plot, show
+from . import causes, compare, coreset, listing, measure, merge, plot, show
 from .progress import say
 
 USAGE, REFUSED, TOLERANCE, INTERRUPTED = 2, 3, 4, 130
@@ -44,6 +45,11 @@ class App(click.Group):
         code = guarded(run, debug="--debug" in words)
         if not standalone_mode:
             return code
+        if code and causes.team() is not None:
+            # What is left of a broken process group may end the process in its own way, with a code of its own.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
         sys.exit(code)
 
     def resolve_command(
@@ -75,11 +81,15 @@ def guarded(run: Callable[[], Any], debug: bool = False) -> int:
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001  (sorted out, and shown with its trace where it is a bug)
         code, line = explain(error)
+        team = causes.team()
+        if team is not None and not team.first_to_tell():
+            return code
         if debug or not line:
             traceback.print_exc()
         if not line:
             line = f"unexpected {type(error).__name__}; this looks like a bug of landscape, please report the trace"
-        say(line)
+        own = team is not None and code != INTERRUPTED
+        say(f"rank {team.rank}: {line}" if team is not None and own else line)
         return code
     return result if isinstance(result, int) else 0
 
@@ -89,7 +99,7 @@ def explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, click.ClickException):
         return (error.exit_code if error.exit_code != 1 else USAGE), error.format_message().rstrip(".")
     # not at the top: they cost 0.2 s that `--help` need not wait for
-    from landscape.errors import Refused, UnknownMetric
+    from landscape.errors import RankLost, Refused, UnknownMetric
     from landscape.plots import PlotError
     from landscape.results import ResultsError
 
@@ -98,6 +108,8 @@ def explain(error: Exception) -> tuple[int, str]:
         return REFUSED, text
     if isinstance(error, UnknownMetric):
         return USAGE, text
+    if isinstance(error, RankLost):
+        return INTERRUPTED, text
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return REFUSED, f"out of memory ({text[:120]}); give --microbatch, or a smaller --memory"
     if isinstance(error, ValueError | TypeError) and _is_deliberate(error):
@@ -145,7 +157,7 @@ def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 app = App(
     "landscape",
     commands={c.name or "": c for c in (
-        measure.command, show.command, compare.command, plot.command, coreset.command, listing.command
+        measure.command, show.command, compare.command, merge.command, plot.command, coreset.command, listing.command
     )},
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -6,6 +6,10 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from landscape.ranks import Team
 
 
 def cause(error: BaseException) -> str:
@@ -30,3 +34,10 @@ def is_users(filename: str) -> bool:
     library = Path(os.__file__).resolve().parent
     installed = {"site-packages", "dist-packages"} & set(path.parts)
     return not installed and not any(path.is_relative_to(folder) for folder in [*ours, library])
+
+
+def team() -> Team | None:
+    """Return the ranks that this process measured with, None where it was alone."""
+    ranks = sys.modules.get("landscape.ranks")  # not loaded where nothing was measured
+    found: Team | None = ranks.current() if ranks is not None else None
+    return found

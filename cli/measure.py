@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import report
+from . import causes, report
 from .flags import MetricFlags, fields_of
 from .options import grouped_help, measure_options
 from .problems import Request, Target
@@ -85,11 +86,15 @@ class _Run:
             raise click.UsageError(f"--out {self.out} names one file; {what} need a directory")
         self.files: dict[Path, str] = {}
         self.labels = request.labels() if request.several else []
+        # One of several ranks prints; the others end well, or the launcher would end this one at it.
+        self.speaks = os.environ.get("RANK", "0") == "0" or options["shard"] == "none"
 
     def measure(self) -> int:
         """Measure everything; return the exit status."""
-        from landscape import run
+        from landscape import ranks, run
+        from landscape.errors import RankLost
 
+        ranks.use_own_device()
         rows: list[report.Summary] = []
         results: list[dict[str, Any]] = []
         path = self.out
@@ -101,17 +106,23 @@ class _Run:
                         found = run.measure(
                             metric, target.problem, out=folder, seed=self.options["seed"],
                             overwrite=self.options["overwrite"], check=not self.options["no_check"],
-                            progress=progress, memory=self.options["memory"],
+                            progress=progress, memory=self.options["memory"], wait=self.options["wait"],
+                            shard=self.options["shard"], part=self.options["part"], timeout=self.options["timeout"],
                         )  # fmt: skip
+                        progress.close()
+                        if self.options["part"] and not found.attrs["complete"]:
+                            say(_part_done(found, path, self.options["part"]))
+                            continue
                         rows.append(report.summarize(found, path))
                         if self.options["as_json"]:
                             results.append(report.as_json(found, path))
-                        progress.close()
         except KeyboardInterrupt as error:
             raise Interrupted(_how_to_go_on(path)) from error
+        except RankLost as error:
+            raise Interrupted(f"{error}; {_how_to_go_on(path, ' on any number of ranks,')}") from error
         finally:
             # also after an interruption or a refusal: what was measured before it is worth seeing
-            if rows or self.options["as_json"]:
+            if self.speaks and (rows or self.options["as_json"]):
                 emit(report.dump(results) if self.options["as_json"] else report.table(rows))
         return self._warn_of_tolerance(rows)
 
@@ -148,11 +159,12 @@ class _Run:
         return f"{cut}, {plan.block} vectors at once; {about} of {memory.in_words(allowed)} beside the model"
 
     def _targets(self) -> Iterator[tuple[Target, Path]]:
-        for index, target in enumerate(self.request.targets(say)):
+        tell = say if self.speaks else lambda _: None
+        for index, target in enumerate(self.request.targets(tell)):
             yield target, self.out / self.labels[index] if self.labels else self.out
 
     def _warn_of_tolerance(self, rows: list[report.Summary]) -> int:
-        missed = [row for row in rows if row.converged is False]
+        missed = [row for row in rows if row.converged is False and self.speaks]
         for row in missed:
             larger = [f"--{f.flag}" for f in fields_of(type(self.metrics[row.metric])).values() if f.grows]
             how = f"; to go on from here, change {' or '.join(larger)}" if larger else ""
@@ -203,9 +215,19 @@ def _file(folder: Path, metric: str) -> Path:
     return folder if folder.suffix == ".h5" else folder / f"{metric}.h5"
 
 
-def _how_to_go_on(path: Path) -> str:
-    kept = f"what is done is kept in {path}" if path.exists() else "nothing was finished yet"
-    return f"interrupted; {kept}; run the same command again to go on"
+def _part_done(found: Any, path: Path, part: tuple[int, int]) -> str:
+    units = int(found["done"].sum()) if "done" in found else 0
+    return (
+        f"part {part[0]}/{part[1]} of {found.attrs['metric']} is done ({units} of {found.attrs['stop']} units known "
+        f"to it); when all are: landscape merge {path.parent}"
+    )
+
+
+def _how_to_go_on(path: Path, on: str = "") -> str:
+    from landscape import run
+
+    kept = f"what is done is kept in {run.kept_in(path)}" if run.kept_in(path) else "nothing was finished yet"
+    return f"interrupted; {kept}; run the same command again{on} to go on"
 
 
 def _duration(seconds: float) -> str:
@@ -217,8 +239,14 @@ def _duration(seconds: float) -> str:
 @contextmanager
 def _terminated_is_interrupted() -> Iterator[None]:
     """Treat SIGTERM, which batch systems send before the time is up, like Ctrl-C."""
+    came = False
 
     def interrupt(_: int, __: FrameType | None) -> None:
+        nonlocal came
+        team = causes.team()
+        if came or (team is not None and team.leaving):
+            return  # on the way out already: what is done is being written
+        came = True
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():

@@ -103,6 +103,14 @@ def _where() -> list[click.Option]:
         Flag("--seed", group=WHERE, type=int, default=0, help="Seed of the measurement. [default: 0]"),
         Flag("--overwrite", group=WHERE, is_flag=True,
              help="Start anew where another configuration, model or data was measured before."),
+        Flag("--part", group=WHERE, metavar="I/N", callback=_part,
+             help="Measure part I of N of the units, in a job of its own; `landscape merge` puts the parts together."),
+        Flag("--shard", group=WHERE, type=click.Choice(["units", "data", "none"]), default="units",
+             help="What the ranks of torchrun divide: units, or the data of every product. [default: units]"),
+        Flag("--timeout", group=WHERE, type=click.FloatRange(min=1.0), metavar="SECONDS", default=120.0,
+             help="After how long without a sign of life another rank counts as lost. [default: 120]"),
+        Flag("--wait", group=WHERE, is_flag=True,
+             help="Wait while another process measures into the same file; else this is refused, naming it."),
         Flag("--memory", group=WHERE, metavar="SIZE", callback=_memory,
              help="What the measurement may use beside the model and its data; larger batches are cut to fit. "
              "[default: 8GiB]"),
@@ -113,6 +121,15 @@ def _where() -> list[click.Option]:
         Flag("--json", "as_json", group=WHERE, is_flag=True, help="Results as JSON; NaN is null."),
         Flag("--debug", group=WHERE, is_flag=True, expose_value=False, help="Show the trace of an error too."),
     ]  # fmt: skip
+
+
+def _part(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    index, _slash, count = text.partition("/")
+    if index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count):
+        return int(index), int(count)
+    raise click.UsageError(f"--part: {text!r} is no part; allowed is I/N with 1 <= I <= N, such as 3/16")
 
 
 def _memory(_: click.Context, __: click.Parameter, text: str | None) -> Any:

@@ -67,7 +67,9 @@ class Reporter:
 
     def __call__(self, step: Progress) -> None:
         """Take one report of the library."""
-        if self.terminal:
+        if step.total is None:
+            say(f"{step.metric}: {step.message}")
+        elif self.terminal:
             self._draw(step)
         elif self.clock() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = self.clock()

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from landscape import metrics as metrics
     from landscape import training as training
     from landscape import transforms as transforms
+    from landscape.errors import RankLost as RankLost
     from landscape.errors import Refused as Refused
     from landscape.errors import UnknownMetric as UnknownMetric
+    from landscape.merging import merge as merge
     from landscape.metrics.base import evaluate as evaluate
     from landscape.operators import empirical_fisher as empirical_fisher
     from landscape.operators import fisher as fisher
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Problem": "problem",
+    "RankLost": "errors",
     "Refused": "errors",
     "ResultsError": "results",
     "UnknownMetric": "errors",
@@ -41,6 +44,7 @@ _HOME = {
     "hessian": "operators",
     "input_hessian": "operators",
     "measure": "run",
+    "merge": "merging",
     "open": "results",
 }
 _MODULES = ("directions", "estimators", "metrics", "plots", "results", "testbeds", "training", "transforms")

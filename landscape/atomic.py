@@ -152,12 +152,13 @@ def _is_stale(path: Path) -> bool:
         pid = int(match["pid"])
         if pid == os.getpid():
             return match["run"] != _RUN
-        if not _is_alive(pid):
+        if not is_alive(pid):
             return True
     return time.time() - path.stat().st_mtime > _STALE_SECONDS
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process with this number runs on this machine."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from landscape import batches as batching
 from landscape import products, vectors
+from landscape.evaluator import require_weight
 
 if TYPE_CHECKING:
     from landscape.problem import Problem
+    from landscape.sharded import Shard
 
 # Central differences err by h² from curvature and eps/h from rounding; eps^(1/3) balances the two
 # (Press et al., Numerical Recipes, §5.7).
@@ -52,6 +55,11 @@ def value_and_gradient(problem: Problem) -> tuple[Tensor, Tensor]:
             yield products.gradient(loss, leaves)
 
     with problem.session():
+        if problem.shard is not None:
+            mean, slope = _shard_mean(
+                problem, problem.shard, 1, slopes, _Summed("the gradient", lambda: total)
+            )
+            return torch.tensor(mean, dtype=torch.float64), slope[0]
         slope = _mean(problem, 1, slopes)[0]
     return torch.tensor(total / weights, dtype=torch.float64), slope
 
@@ -111,17 +119,21 @@ def hessian_by_differences(problem: Problem, V: Tensor, step: float | None = Non
     def made(piece: Any, rows: Tensor) -> Made:
         for row in rows:
             h = _factor(problem, row, step)
-            slopes = []
-            for sign in (1, -1):
-                leaves = problem.leaves(displacement=row * (sign * h))
-                with problem.filled(leaves):
-                    slopes.append(products.gradient(problem.evaluator.loss_of(piece), leaves))
-            yield [
-                None if up is None or down is None else (up - down) / (2 * h)
-                for up, down in zip(*slopes, strict=True)
-            ]
+            up, down = (_slopes_at(problem, piece, row * (sign * h)) for sign in (1, -1))
+            for i in range(len(up)):  # one after the other, so that three are not held
+                a, b, up[i], down[i] = up[i], down[i], None, None
+                up[i] = None if a is None or b is None else (a - b) / (2 * h)
+                del a, b
+            yield up
 
     return _by_differences(problem, V, made)
+
+
+def _slopes_at(problem: Problem, piece: Any, displacement: Tensor) -> list[Tensor | None]:
+    leaves = problem.leaves(displacement=displacement)
+    del displacement
+    with problem.filled(leaves):
+        return list(products.gradient(problem.evaluator.loss_of(piece), leaves))
 
 
 def ggn_by_differences(problem: Problem, V: Tensor, step: float | None = None) -> Tensor:
@@ -170,14 +182,15 @@ def _by_autodiff(
     with problem.session(), contextlib.ExitStack() as stack:
         stack.enter_context(problem.evaluator.twice_differentiable())
         stack.enter_context(active(problem.kernels))
-        total = _mean(problem, len(rows), made)
+        total = _mean(problem, len(rows), made, _Summed(f"the {matrix} product", of=lambda: V))
     return _shaped_like(V, total)
 
 
 def _by_differences(problem: Problem, V: Tensor, made: Callable[[Any, Tensor], Made]) -> Tensor:
     rows = vectors.column_major(V.to(problem.device, problem.dtype), problem.size)
     with problem.session():
-        total = _mean(problem, len(rows), lambda piece: made(piece, rows))
+        about = _Summed("a product by differences", of=lambda: V)
+        total = _mean(problem, len(rows), lambda piece: made(piece, rows), about)
     return _shaped_like(V, total)
 
 
@@ -186,11 +199,50 @@ def _shaped_like(V: Tensor, total: Tensor) -> Tensor:
     return total[0] if V.ndim == 1 else total.T
 
 
-def _mean(problem: Problem, count: int, made: Callable[[Any], Made]) -> Tensor:
+@dataclass(frozen=True)
+class _Summed:
+    """What ranks that have divided the data tell each other about a sum.
+
+    Attributes:
+        what: it is, in words.
+        also: a number that is summed beside it.
+        of: the vectors of a product, whose results must be finite.
+    """
+
+    what: str
+    also: Callable[[], float] = float
+    of: Callable[[], Tensor] | None = None
+
+
+def _shard_mean(
+    problem: Problem, shard: Shard, count: int, made: Callable[[Any], Made], about: _Summed
+) -> tuple[float, Tensor]:
+    """The mean of the number beside it and Σ made(piece) / Σ weights, over the micro-batches of all ranks."""
+    dtype = torch.float64 if count * problem.size <= _WIDE_SUMS else problem.dtype
+    total = torch.zeros(count, problem.size, dtype=dtype, device=problem.device)
+
+    def fill() -> tuple[float, float]:
+        weights = 0.0
+        for piece, weight in problem.evaluator.pieces(problem.batches, shard.own):
+            for row, result in zip(total, made(piece), strict=False):
+                _add(row, problem.space, list(result), problem.evaluator.scale(weight), False)
+            weights += weight
+        return weights, about.also()
+
+    weights, also, _ = shard.add(
+        about.what, fill, total, of=about.of or problem.parameters_vector, finite=about.of is not None
+    )
+    require_weight(weights > 0)
+    return also / weights, total.div_(weights).to(problem.dtype)
+
+
+def _mean(problem: Problem, count: int, made: Callable[[Any], Made], about: _Summed | None = None) -> Tensor:
     """Return Σ made(piece) / Σ weights over the micro-batches, (count, n).
 
     In float64 where several micro-batches are added, up to `_WIDE_SUMS` numbers.
     """
+    if problem.shard is not None and about is not None:
+        return _shard_mean(problem, problem.shard, count, made, about)[1]
     pieces = problem.evaluator.pieces(problem.batches)
     ahead = list(itertools.islice(pieces, 2))
     wide = len(ahead) > 1 and count * problem.size <= _WIDE_SUMS

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from landscape import batches as batching
 from landscape import passes
 from landscape.accuracy import Judge
+from landscape.evaluator import Own, require_weight
 from landscape.folding import Folded
 from landscape.passes import Piece, Ways
 
 if TYPE_CHECKING:
     from landscape.problem import Problem
+    from landscape.sharded import Shard
     from landscape.vectors import ParameterSpace
 
 _ALIGNMENT = 64  # bytes on which PyTorch's own tensors start; some kernels round otherwise on other addresses
@@ -97,23 +99,48 @@ class Displaced:
 
     def _measured(self, writers: Sequence[Callable[[], object]]) -> list[list[float]]:
         """The quantities where each writer puts the parameters."""
+        shard = self._problem.shard
+        if shard is None:
+            sums = self._summed(writers)
+        else:  # no point is compared: its coefficients come of sums that all ranks have alike
+            rows = torch.zeros(len(writers), 2 * len(self.names), dtype=torch.float64)
+            shard.add("losses at displaced parameters", lambda: self._fill(rows, writers, shard), rows)
+            sums = rows.tolist()
+        self._problem.cost.values += len(writers)
+        return [self._quantities(row) for row in sums]
+
+    def _fill(self, rows: Tensor, writers: Sequence[Callable[[], object]], shard: Shard) -> tuple[()]:
+        rows.copy_(torch.tensor(self._summed(writers, shard.own), dtype=torch.float64))
+        return ()
+
+    def _quantities(self, sums: Sequence[float]) -> list[float]:
+        require_weight(sums[1] > 0)
+        found = [sums[0] / sums[1]]
+        pairs = list(zip(self.names[1:], sums[2::2], sums[3::2], strict=True))
+        return found + [
+            above / (max(1, below) if name == "accuracy" else below) for name, above, below in pairs
+        ]
+
+    def _summed(self, writers: Sequence[Callable[[], object]], own: Own | None = None) -> list[list[float]]:
+        """For each point and quantity, the sum over micro-batches and what it is divided by."""
         sums = [_Sums() for _ in writers]
         with ExitStack() as stack:
             stack.enter_context(self._evaluator.slots.filled(self._tensors))
             stack.enter_context(self._folded.active())
             stack.enter_context(self.ways.without_grad())
             if self._prepared.pieces is not None:
+                pieces = self._prepared.pieces if own is None else list(own(iter(self._prepared.pieces)))
                 for write, total in zip(writers, sums, strict=True):
                     self._move(write)
-                    for piece in self._prepared.pieces:
+                    for piece in pieces:
                         self._add(piece, total)
             else:  # read anew: once for all points
-                for piece in passes.stream(self._problem, self.ways):
+                stream = passes.stream(self._problem, self.ways)
+                for piece in stream if own is None else own(stream):
                     for write, total in zip(writers, sums, strict=True):
                         self._move(write)
                         self._add(piece, total)
-        self._problem.cost.values += len(writers)
-        return [total.result(self._also) for total in sums]
+        return [total.result(self.names[1:]) for total in sums]
 
     def _move(self, write: Callable[[], object]) -> None:
         write()
@@ -182,18 +209,19 @@ class _Sums:
         self.judged = 0
         self.others: dict[str, list[tuple[float, int]]] = {}
 
-    def result(self, also: Mapping[str, Quantity]) -> list[float]:
-        """The quantities of the point; sums are made in float64."""
+    def result(self, also: Sequence[str]) -> list[float]:
+        """Of the loss and the other quantities, the sum and what it is divided by; sums are made in float64."""
         total = weights = 0.0
         for loss, piece in zip(_numbers(self.losses), self.pieces, strict=True):
             total += loss * piece.scale
             weights += piece.weight
-        found = [total / weights]
-        if self.right:
-            found.append(sum(_numbers(self.right)) / max(1, self.judged))
+        found = [total, weights]
         for name in also:
-            values = self.others[name]
-            found.append(sum(value * count for value, count in values) / sum(count for _, count in values))
+            if name == "accuracy":
+                found += [sum(_numbers(self.right)), self.judged]
+            else:
+                values = self.others.get(name, [])
+                found += [sum(value * count for value, count in values), sum(count for _, count in values)]
         return found
 
 
@@ -208,7 +236,7 @@ def _kept(value: Tensor) -> Tensor | float:
 
 def _numbers(values: Sequence[Tensor | float]) -> list[float]:
     """Read 0-d tensors, all at once from where they are."""
-    if all(isinstance(value, Tensor) for value in values):
+    if values and all(isinstance(value, Tensor) for value in values):
         numbers: list[float] = torch.stack(list(values)).tolist()  # type: ignore[arg-type]
         return numbers
     return [float(value) for value in values]

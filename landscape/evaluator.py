@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from landscape import batches as batching
 from landscape import guard, losses
 from landscape.errors import Refused
+from landscape.plain_passes import plain
+
+Own = Callable[[Iterator[Any]], Iterator[Any]]
 
 
 class Evaluator:
@@ -52,6 +55,7 @@ class Evaluator:
         self._holder = nn.ModuleDict({k: m for k, m in parts.items() if isinstance(m, nn.Module)})
         self.slots = guard.Slots(self._holder)
         self._open = False
+        self.autocast = "not met"  # whether the model wanted it, and got it
         self.plans: dict[Any, Any] = {}  # what was found out, for the time of a session
 
     @property
@@ -65,13 +69,19 @@ class Evaluator:
         if self._open:
             yield
             return
-        with guard.restored(self._holder, self._training):
+        with (
+            guard.restored(self._holder, self._training),
+            plain(self.device, autocast=self.dtype.itemsize < 4, met=self._note_autocast),
+        ):
             self._open = True
             try:
                 yield
             finally:
                 self._open = False
                 self.plans.clear()
+
+    def _note_autocast(self) -> None:
+        self.autocast = "on" if self.dtype.itemsize < 4 else "switched off"
 
     @contextmanager
     def twice_differentiable(self) -> Iterator[None]:
@@ -137,20 +147,23 @@ class Evaluator:
         """The target of a micro-batch."""
         return self._target(piece) if self._target is not None else _pair(piece)[1]
 
-    def pieces(self, data: Any) -> Iterator[tuple[Any, float]]:
+    def pieces(self, data: Any, own: Own | None = None) -> Iterator[tuple[Any, float]]:
         """Yield micro-batches with their weights; those without weight are skipped.
+
+        Args:
+            data: the batches.
+            own: picks some micro-batches out of all; then it may be that none has weight.
 
         Raises:
             Refused: if none has weight.
         """
-        anything = False
-        for piece in self.cut(data):
+        anything = own is not None
+        for piece in self.cut(data) if own is None else own(self.cut(data)):
             weight = self.weigh(piece)
             if weight > 0:
                 anything = True
                 yield piece, weight
-        if not anything:
-            raise Refused("every batch has weight 0 (no valid target in any); there is nothing to average")
+        require_weight(anything)
 
     def cut(self, data: Any) -> Iterator[Any]:
         """Yield batches, or pieces of at most `microbatch` examples."""
@@ -186,16 +199,30 @@ class Evaluator:
         return int(losses.describe(self.loss)[1].get("ignore_index", -100))
 
     def sums(
-        self, data: Any, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+        self,
+        data: Any,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        own: Own | None = None,
     ) -> tuple[float, float]:
-        """The sum of all terms and the sum of all weights, in float64."""
+        """The sum of all terms and the sum of all weights, in float64; of some micro-batches where `own` picks."""
         total = weights = 0.0
         with self.session(), torch.no_grad():
-            for piece, weight in self.pieces(data):
+            for piece, weight in self.pieces(data, own):
                 with self.filled(parameters, buffers):
                     total += float(self.loss_of(piece).double()) * self.scale(weight)
                 weights += weight
         return total, weights
+
+
+def require_weight(anything: bool) -> None:
+    """Refuse data in which no batch has weight.
+
+    Raises:
+        Refused: always, unless there is anything.
+    """
+    if not anything:
+        raise Refused("every batch has weight 0 (no valid target in any); there is nothing to average")
 
 
 def _pair(piece: Any) -> Sequence[Any]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape import batches as batching
-from landscape import inputs
+from landscape import inputs, stages
 from landscape.errors import Refused
 from landscape.example_outputs import LOGIT, logits, losses_of, one_by_one
 from landscape.problem import Problem
@@ -309,7 +309,7 @@ def by_example(
     setup: Setup,
     measured: Callable[[ExampleScalars], dict[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
-    """Measure a block of examples, micro-batch by micro-batch.
+    """Measure a block of examples, micro-batch by micro-batch; each is a stage, kept until the block is done.
 
     Args:
         problem: model, loss and data.
@@ -318,5 +318,8 @@ def by_example(
         measured: arrays of a micro-batch by name, examples first.
     """
     rows = problem.batches.rows(block.start, block.stop)
-    parts = [measured(ExampleScalars(problem, piece, setup)) for piece in problem.evaluator.cut(rows)]
+    parts = [
+        stages.kept(lambda piece=piece: measured(ExampleScalars(problem, piece, setup)))  # type: ignore[misc]
+        for piece in problem.evaluator.cut(rows)
+    ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -13,6 +13,7 @@ gradients (`landscape.uses`). What no rule covers is differentiated per example.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from landscape import stages
 from landscape.curvature_columns import CrossEntropy
 from landscape.ggn_passes import Passes, columns_of, examples_of, few_of, outputs_of
 from landscape.gradient_readings import MappedNorms, Squares
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 # Enough for the output gradients of all columns of a few images.
 MEMORY = 1 << 28
+_STAGE = 16  # batches that an interruption may lose
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,34 @@ def by_batch(
     with problem.session():
         sums, weights = Passes(problem, memory).over(batches)
         return np.array(sums), weights
+
+
+def averaged(problem: Problem, maps: Sequence[Map] | None = None) -> np.ndarray:
+    """Compute the traces of the diagonal blocks of G, or of Lᵀ G L, a few batches at a time.
+
+    Each few batches are a stage of the work at hand: interrupted, it goes on with those that are left.
+
+    Args:
+        problem: as for `exact`.
+        maps: L, one for each parameter tensor; by default the identity.
+
+    Returns:
+        float64 (parameter tensors,).
+
+    Raises:
+        Refused: as `exact`.
+    """
+    batches = iter(problem.batches)
+    found: list[dict[str, np.ndarray]] = []
+    while few := list(itertools.islice(batches, _STAGE)):
+
+        def some(few: list[Any] = few) -> dict[str, np.ndarray]:
+            made = by_batch(problem, few) if maps is None else mapped_by_batch(problem, few, maps)
+            return dict(zip(("sums", "weights"), made, strict=True))
+
+        found.append(stages.kept(some))
+    sums, weights = (np.concatenate([part[name] for part in found]) for name in ("sums", "weights"))
+    return np.asarray(sums.sum(axis=0) / weights.sum())
 
 
 def mapped_by_batch(

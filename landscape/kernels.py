@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
 from landscape import seeds
 from landscape.convolution import Settings, convolve
@@ -85,9 +86,17 @@ def active(kernels: Kernels) -> Iterator[None]:
         yield
 
 
-def layout_failed(failure: RuntimeError) -> bool:
-    """Whether a model failed for a view that images have only in the ordinary memory order."""
-    return "view size is not compatible" in str(failure)
+def milder(kernels: Kernels, failure: RuntimeError) -> Kernels | None:
+    """The switches for a model that fails with these ones; None where they are not the cause.
+
+    Some views of images exist only in the ordinary memory order. And what an activation checkpoint runs again
+    takes its usual way, so that what was answered otherwise does not come out alike.
+    """
+    if kernels.channels_last and "view size is not compatible" in str(failure):
+        return dataclasses.replace(kernels, channels_last=False)
+    if (kernels.convolution or kernels.norm) and isinstance(failure, CheckpointError):
+        return dataclasses.replace(kernels, convolution=False, norm=False, channels_last=False)
+    return None
 
 
 # --- the faster matrix product ---------------------------------------------------------------------

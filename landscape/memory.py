@@ -30,8 +30,9 @@ _PARAMETERS_HELD = 2
 _CHECK_HELD, _LARGE_CHECK_HELD = 18, 8
 
 
-# What a model may raise when it is run on a single example, as batch normalization in training mode does.
-_NOT_ALONE = (RuntimeError, ValueError, TypeError, IndexError)
+# What a model may raise when it is run on a single example, as batch normalization in training mode does; and a
+# problem whose model no process can run alone.
+_NOT_ALONE = (RuntimeError, ValueError, TypeError, IndexError, Refused)
 
 
 @dataclasses.dataclass(frozen=True)

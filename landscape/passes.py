@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from landscape import batches as batching
 from landscape import folding, seeds
+from landscape.plain_passes import Autocast
 
 if TYPE_CHECKING:
     from landscape.problem import Problem
@@ -67,7 +68,7 @@ class Ways:
     def precision(self, device: torch.device) -> Iterator[None]:
         """Let layers compute in the chosen precision."""
         if self.bfloat16:  # nothing cached: the parameters change in place
-            with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            with Autocast(device.type, torch.bfloat16, cache_enabled=False):
                 yield
         else:
             yield

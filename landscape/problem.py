@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from landscape import arguments, averages, checks, product_checks, vectors
+from landscape import arguments, averages, checks, parameter_shards, product_checks, vectors
 from landscape import batches as batching
 from landscape.batches import Batches
 from landscape.errors import Refused
-from landscape.evaluator import Evaluator
+from landscape.evaluator import Evaluator, require_weight
 from landscape.product_checks import Matrix, ProductCheck
 from landscape.products import Graph, KeptGraphs
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from landscape.displaced import Displaced, Quantity
     from landscape.kernels import Kernels
     from landscape.passes import Ways
+    from landscape.sharded import Shard
 
 Reduction = Literal["mean", "sum"]
 Mode = Literal["eval", "train"]
@@ -60,7 +61,8 @@ class Problem:
     copies stand in their place for the time of a pass.
 
     Args:
-        model: an `nn.Module`, or `f(params, x)`.
+        model: an `nn.Module`, or `f(params, x)`. One that FSDP wraps, or with DTensor parameters, makes a
+            `landscape.sharded_parameters.ShardedProblem`.
         loss: `loss(output, target)` -> one number per batch.
         data: a re-iterable of batches, deterministic (no shuffling, no augmentation).
         forward: `step(model, batch)` -> one number per batch, in place of `loss`.
@@ -85,6 +87,16 @@ class Problem:
     Raises:
         ValueError, TypeError: for arguments that do not fit; the message says what is allowed.
     """
+
+    # Whether examples may be taken apart: not where other processes wait for passes over all of them.
+    apart: ClassVar[bool] = True
+
+    def __new__(cls, model: Any = None, *_: Any, **__: Any) -> Self:  # noqa: D102  (copies are made without a model)
+        if cls is not Problem or not parameter_shards.sharded(model):
+            return object.__new__(cls)
+        above = importlib.import_module("landscape.sharded_parameters")  # by name: a Problem of another kind
+        kind: type[Self] = above.ShardedProblem
+        return object.__new__(kind)
 
     def __init__(
         self,
@@ -133,6 +145,7 @@ class Problem:
         self._fixed: dict[str, Tensor] = {}  # moved parameters that are not measured
         self._double: Self | None = None
         self._found: dict[str, ProductCheck] = {}
+        self.shard: Shard | None = None  # where several ranks have divided the data
         self.cost = Cost()
 
     # --- what is measured -------------------------------------------------------------------------
@@ -166,6 +179,10 @@ class Problem:
     def product_checks(self) -> dict[str, ProductCheck]:
         """What is known of products with each matrix, "hessian" and "ggn"."""
         return dict(self._found)
+
+    def learn(self, found: Mapping[str, ProductCheck]) -> None:
+        """Take over what was found of products before."""
+        self._found.update(found)
 
     @property
     def products_in_use(self) -> str:
@@ -357,6 +374,7 @@ class Problem:
         new = type(self)(**{**self._arguments, **changes})
         if "data" not in changes:
             new.batches = self.batches.to(new.device, new.dtype)
+            new.shard = self.shard
         if "model" not in changes and self._vector is not None:
             if new.names != self.names:
                 raise ValueError(
@@ -380,7 +398,7 @@ class Problem:
         other = copy.copy(self)
         other.cost = Cost()
         other.batches = Batches(data, self.device, self.dtype)
-        other._double = None
+        other._double = other.shard = None
         other._whole = None if self._whole is None else self._whole.on(data)
         return other
 
@@ -527,7 +545,16 @@ class Problem:
 
     def sums(self, data: Any) -> tuple[float, float]:
         """The sum of all terms of these batches and the sum of their weights, in float64."""
-        return self.evaluator.sums(data, self._named(self.leaves()), self._buffers)
+        own = self.shard.own if self.shard is not None and data is self.batches else None
+
+        def summed() -> tuple[float, float]:
+            return self.evaluator.sums(data, self._named(self.leaves()), self._buffers, own)
+
+        if self.shard is None or own is None:
+            return summed()
+        total, weights, _ = self.shard.add("the loss", summed, of=self.parameters_vector)
+        require_weight(weights > 0)
+        return total, weights
 
     def _product(self, V: Tensor, matrix: Matrix, by_autodiff: _Product, by_differences: _Product) -> Tensor:
         vectors.require_block(V, self.size)
@@ -567,11 +594,11 @@ class Problem:
         try:
             return product(self, V)
         except RuntimeError as failure:
-            from landscape.kernels import layout_failed
+            from landscape.kernels import milder
 
-            if not (self.kernels.channels_last and layout_failed(failure)):
+            if (kernels := milder(self.kernels, failure)) is None:
                 raise
-            self._kernels[:] = [dataclasses.replace(self.kernels, channels_last=False)]
+            self._kernels[:] = [kernels]
             self._graphs[:] = [KeptGraphs() for _ in self._graphs]
             return product(self, V)
 

@@ -7,7 +7,6 @@ differences of gradients, and what was found decides for all that follow.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -92,31 +91,28 @@ def run(problem: Problem, matrix: Matrix) -> ProductCheck:
     Raises:
         Refused: if products are asked for by autodiff and autodiff is wrong here, or has no way.
     """
-    small, V = _small(problem)
-    u, v = V.T
+    small, u, v = _small(problem)
     if problem.products == "difference":
-        return ProductCheck("difference", _settled(_differences(small, v, matrix)), math.nan, "asked for")
+        return ProductCheck("difference", _against(v, small, matrix)[1], math.nan, "asked for")
     autodiff = small.replace(products="autodiff")
     try:
-        product = autodiff.ggn_vp if matrix == "ggn" else autodiff.hvp
-        Au, Av = product(V).T if small.size <= LARGE else (product(u), product(v))
+        Av, symmetry = _products(autodiff, matrix, u, v)
     except RuntimeError as failure:
         reason = f"a layer has no second derivative: {str(failure).strip().splitlines()[0]}"
         if problem.products == "autodiff":
             raise Refused(f"{reason}. Use products='auto' or 'difference'.") from failure
-        return ProductCheck("difference", _settled(_differences(small, v, matrix)), math.nan, reason)
-    references = _differences(small, v, matrix, first=True)
-    error, symmetry = _agreement(Au, Av, u, v, references)
+        return ProductCheck("difference", _against(v, small, matrix)[1], math.nan, reason)
+    del u
+    error, settled = _against(v, small, matrix, Av, steps=1)
     if error > _PRODUCT_TOLERANCE:
-        references = _differences(small, v, matrix)
-        error, symmetry = _agreement(Au, Av, u, v, references)
-    return _verdict(problem, error, symmetry, references)
+        error, settled = _against(v, small, matrix, Av)
+    return _verdict(problem, error, symmetry, settled)
 
 
-def _verdict(problem: Problem, error: float, symmetry: float, references: list[Tensor]) -> ProductCheck:
+def _verdict(problem: Problem, error: float, symmetry: float, settled: float) -> ProductCheck:
     if error <= _PRODUCT_TOLERANCE and symmetry <= _PRODUCT_TOLERANCE:
         return ProductCheck("autodiff", error, symmetry, "")
-    if len(references) > 1 and symmetry <= _PRODUCT_TOLERANCE < _settled(references):
+    if symmetry <= _PRODUCT_TOLERANCE < settled < math.inf:
         reason = (
             "gradient differences do not settle as the step shrinks (a kink at these parameters); "
             "products are those of the smooth pieces"
@@ -131,8 +127,8 @@ def _verdict(problem: Problem, error: float, symmetry: float, references: list[T
     return ProductCheck("difference", error, symmetry, reason)
 
 
-def _small(problem: Problem) -> tuple[Problem, Tensor]:
-    """A few examples of the problem, aside of θ, and two random vectors (n, 2)."""
+def _small(problem: Problem) -> tuple[Problem, Tensor, Tensor]:
+    """A few examples of the problem, aside of θ, and two random vectors."""
     piece = next(iter(problem.evaluator.pieces(problem.batches)))[0]
     large = problem.size > LARGE
     # In float64 an example takes twice the memory for which a micro-batch was chosen.
@@ -146,14 +142,15 @@ def _small(problem: Problem) -> tuple[Problem, Tensor]:
     small = problem.replace(data=[piece], microbatch=None)
     small.cost = type(problem.cost)()  # what checking takes is no part of a measurement
     small = _off_kinks(small if large else small.in_float64() or small)
-    draws = [
-        torch.randn(small.size, generator=seeds.generator(0, "check", i), dtype=torch.float64)
-        for i in range(2)
-    ]
-    V = torch.stack(draws, dim=1).to(small.device, small.dtype)
+    u, v = (_normal(small, i) for i in range(2))
     for start, stop in _padding(small):
-        V[start:stop] = 0.0
-    return small, V
+        u[start:stop] = v[start:stop] = 0.0
+    return small, u, v
+
+
+def _normal(small: Problem, index: int) -> Tensor:
+    draws = seeds.generator(0, "check", index)
+    return torch.randn(small.size, generator=draws, dtype=torch.float64).to(small.device, small.dtype)
 
 
 def _padding(problem: Problem) -> list[tuple[int, int]]:
@@ -178,27 +175,48 @@ def _off_kinks(small: Problem) -> Problem:
     derivatives differ and neither is wrong. Whether a layer's second derivative is right does not depend
     on the point.
     """
-    theta = small.parameters_vector()
-    d = torch.randn(small.size, generator=seeds.generator(0, "check", 2), dtype=torch.float64).to(theta)
-    return small.at(theta + d * (_ASIDE * (1 + theta.norm()) / d.norm()))
+    theta, d = small.parameters_vector(), _normal(small, 2)
+    return small.at(d.mul_(_ASIDE * (1 + theta.norm()) / d.norm()).add_(theta))
 
 
-def _differences(small: Problem, v: Tensor, matrix: Matrix, *, first: bool = False) -> list[Tensor]:
-    """Products by differences with each of the steps, or with the first alone."""
-    steps = _STEPS if small.dtype == torch.float64 else _STEPS_FLOAT32
+def _against(
+    v: Tensor, small: Problem, matrix: Matrix, Av: Tensor | None = None, steps: int | None = None
+) -> tuple[float, float]:
+    """Compare with differences of gradients along v, whose steps shrink; two of them are held at once.
+
+    Returns:
+        How far Av is from the nearest; and how far neighbouring steps agree, infinite where there are none: small
+        for a smooth gradient, large at a kink. Both relative.
+    """
     product = averages.ggn_by_differences if matrix == "ggn" else averages.hessian_by_differences
-    return [product(small, v, step) for step in (steps[:1] if first else steps)]
+    error = settled = math.inf
+    before: Tensor | None = None
+    for step in (_STEPS if small.dtype == torch.float64 else _STEPS_FLOAT32)[:steps]:
+        reference = product(small, v, step)
+        if Av is not None:
+            error = min(error, vectors.relative_difference(Av, reference))
+        if before is not None:
+            settled = min(settled, vectors.relative_difference(before, reference))
+        before = reference
+        del reference
+    return error, settled
 
 
-def _agreement(Au: Tensor, Av: Tensor, u: Tensor, v: Tensor, references: list[Tensor]) -> tuple[float, float]:
-    """Error of Av against the nearest reference, and asymmetry, both relative."""
-    error = min(vectors.relative_difference(Av, reference) for reference in references)
+def _products(problem: Problem, matrix: Matrix, u: Tensor, v: Tensor) -> tuple[Tensor, float]:
+    """Av, and |uᵀAv − vᵀAu| relative to its scale."""
+    product = problem.ggn_vp if matrix == "ggn" else problem.hvp
+    if problem.size > LARGE:
+        vAu, length = _read(v, Au := product(u))
+        del Au
+        Av = product(v)
+    else:
+        Au, Av = product(torch.stack([u, v], dim=1)).T
+        vAu, length = _read(v, Au)
+    uAv, other = _read(u, Av)
     # uᵀAv of random u is about ‖u‖‖Av‖/√n; that is the scale on which a defect shows.
-    scale = max(float(u.norm() * Av.norm()), float(v.norm() * Au.norm())) / math.sqrt(u.numel())
-    asymmetry = abs(float(u @ Av - v @ Au)) / scale if scale > 0 else 0.0
-    return error, asymmetry
+    scale = max(float(u.norm()) * other, float(v.norm()) * length) / math.sqrt(u.numel())
+    return Av, abs(uAv - vAu) / scale if scale > 0 else 0.0
 
 
-def _settled(references: list[Tensor]) -> float:
-    """How far neighbouring steps agree, relative: small for a smooth gradient, large at a kink."""
-    return min(vectors.relative_difference(a, b) for a, b in itertools.pairwise(references))
+def _read(w: Tensor, product: Tensor) -> tuple[float, float]:
+    return float(w @ product), float(product.norm())

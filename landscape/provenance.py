@@ -76,12 +76,12 @@ def _known(commit: str | None, dirty: bool | None) -> dict[str, Any]:
         "machine": platform.machine(),
         "git_commit": commit,
         "git_dirty": dirty,
-        "command": _command(),
+        "command": command_line(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _command() -> str:
+def command_line() -> str:
     """Return the command line, with ~ for the home directory: a result that is passed on names nobody."""
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     try:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
-from landscape import foreign, product_checks, provenance, results
+from landscape import foreign, identity, lock, product_checks, provenance, ranks, results, sharing
 from landscape import memory as footprint
+from landscape._version import __version__
 from landscape.checks import Need, Report
 from landscape.errors import Refused
 from landscape.memory import Plan
 from landscape.metrics.base import MEMORY, Journal, Metric, State, evaluate
+from landscape.metrics.base_journal import PREPARATION
+from landscape.plain_passes import precision
 from landscape.problem import Problem
 from landscape.results import Record
+from landscape.shares import Share
 
 if TYPE_CHECKING:
     import xarray
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
 _WRITING_SHARE = 0.05
 # Seconds before the first writing: a measurement that is done by then is written once.
 _UNWRITTEN_SECONDS = 0.1
+_PARTS = ".parts"  # where states of unfinished blocks lie
 # Exit codes of the command line, written into the run too: some launchers lose them.
 _TOLERANCE_MISSED, _INTERRUPTED = 4, 130
 
@@ -40,7 +49,8 @@ class Progress:
     Attributes:
         metric: its name.
         done: units measured.
-        total: units of the current round; an adaptive metric may ask for more.
+        total: units of the current round; an adaptive metric may ask for more. None while it waits for another
+            process, whom the message names.
         message: the estimate so far, in words.
     """
 
@@ -60,11 +70,19 @@ def measure(
     check: bool = True,
     progress: Callable[[Progress], None] | None = None,
     memory: int | None = None,
+    wait: bool = False,
+    shard: Literal["units", "data", "none"] = "units",
+    part: tuple[int, int] | None = None,
+    timeout: float = ranks.TIMEOUT,
 ) -> xarray.Dataset:
     """Measure a metric of a problem, store it, and return it.
 
     Interrupted at any moment, the same call goes on where it was and ends with the same numbers. On a
     complete file it returns what is there; with a larger demand (a smaller rtol) it adds to it.
+
+    Where torchrun or another launcher has started several ranks (RANK and WORLD_SIZE in the environment, or
+    torch.distributed initialized), all of them call this with the same model and all of the data, and divide the
+    work; a run goes on, with the same bits, on any other number of ranks.
 
     Args:
         metric: what to measure, for example `landscape.metrics.Trace(rtol=0.01)`.
@@ -76,28 +94,77 @@ def measure(
         progress: called after each block of units.
         memory: bytes that may be used beside the model and its data; default 8 GiB. Batches that need more
             are cut, unless the problem was given a microbatch.
+        wait: where another process measures into the same file, wait until it is done; else refuse. One
+            that was killed does not count, unless it ran on another machine.
+        shard: what ranks divide: "units", whole blocks of them, without a word between ranks until a round is
+            done (with out=None every rank measures all); "data": each takes a part of the batches, and every
+            product and gradient is summed over ranks, equal to one process to rounding; "none": this process
+            measures alone.
+        part: (i, n): measure part i of n, 1 <= i <= n, of the blocks into a part file, in a job of its own;
+            `landscape.merge` puts the parts together.
+        timeout: seconds without a sign of life after which a rank is lost.
 
     Returns:
-        The dataset: estimates, their errors, the values of all units, provenance in `attrs`.
+        The dataset: estimates, their errors, the values of all units, provenance in `attrs`. Of a part, what
+        is measured; `attrs["complete"]` is False.
 
     Raises:
-        Refused: if the problem fails its check, if one example needs more memory than is allowed, or if
-            the file holds another measurement.
+        Refused: if the problem fails its check, if one example needs more memory than is allowed, if the file
+            holds another measurement, if another process is measuring into it (which is named), or if another
+            rank measures something else.
+        RankLost: if another rank died, stopped or failed.
         ResultsError: if the file cannot be read or written.
+        ValueError: for a part that cannot be.
     """
-    memory = MEMORY if memory is None else memory
     path = None if out is None else result_path(out, metric)
-    record, identity = None, None
-    if path is not None:
-        results.clean_leftovers(path.parent)
-        results.require_writable(path.parent)
-        if path.exists() and not overwrite:
-            record = results.read(path)
-            identity = _identity(metric, problem, seed, memory, problem.data_fingerprint())
-            _require_same(path, record, identity)
-            foreign.require_usable(path, record, metric)
-            if record.attrs.get("complete") and metric.units(record) is None:
-                return record.to_xarray()
+
+    def waiting(text: str) -> None:
+        if progress is not None:
+            progress(Progress(metric.name, 0, None, text))
+
+    # Processes that share a model (FSDP) make all passes together, each with its own data.
+    divided = shard if problem.apart else "data"
+    with sharing.of(path, divided, part, timeout) as share, lock.held(share.locked, wait=wait, tell=waiting):
+        return _measure(
+            metric,
+            problem,
+            share,
+            seed=seed,
+            overwrite=overwrite,
+            check=check,
+            progress=progress,
+            memory=MEMORY if memory is None else memory,
+        )
+
+
+def _measure(
+    metric: Metric,
+    problem: Problem,
+    share: Share,
+    *,
+    seed: int,
+    overwrite: bool,
+    check: bool,
+    progress: Callable[[Progress], None] | None,
+    memory: int,
+) -> xarray.Dataset:
+    """Measure into a file that no other process measures into, but for those who share the work."""
+    path, record, about = share.path, None, None
+    if path is not None and overwrite and share.main:
+        _delete_states(path)
+    share.begin(overwrite=overwrite)
+    problem = share.divided(problem)
+    if path is not None and path.exists() and not overwrite:
+        record = results.read(path)
+        about = identity.of(metric, problem, seed, memory, problem.data_fingerprint())
+        share.agree(about)
+        identity.require_same(path, record, about)
+        foreign.require_usable(path, record, metric)
+        record.attrs["configuration"] = about["configuration"]
+        if record.attrs.get("complete") and metric.units(record) is None:
+            if share.main:
+                _delete_states(path, record)
+            return record.to_xarray()
     stored = record.attrs.get("memory_plan") if record else None
     plan = Plan(**stored) if stored else memory_plan(metric, problem, memory, check=check)
     given = problem
@@ -106,16 +173,17 @@ def measure(
     with provenance.asked() as origin:  # git answers while the check runs
         problem, report = _checked(metric, problem, record) if check else (_unchecked(problem), None)
         _require_same_products(path, record, problem)
-        if identity is None:
+        if about is None:
             data = report.data_fingerprint if report else problem.data_fingerprint()
-            identity = _identity(metric, given, seed, memory, data)
+            about = identity.of(metric, given, seed, memory, data)
+            share.agree(about)
         if record is None:
             chosen = {"memory_plan": dataclasses.asdict(plan), "check": None}
-            record = Record(attrs={**identity, **_described(metric, problem, origin()), **chosen})
+            record = Record(attrs={**about, **_described(metric, problem, origin()), **chosen})
     if record.attrs["check"] is None:
         record.attrs.update(check=report.as_dict() if report else None, products=problem.products_in_use)
-    record.attrs.update(complete=False, exit_code=None)
-    journal = _Journal(metric, path, identity, progress)
+    record.attrs.update(complete=False, exit_code=None, world_size=share.world)
+    journal = _Journal(metric, share, about, progress)
     try:
         left = _memory_for_block(metric, problem, memory, plan)
         evaluate(metric, problem, seed, memory=left, journal=journal, record=record)
@@ -186,17 +254,27 @@ class _Journal(Journal):
     def __init__(
         self,
         metric: Metric,
-        path: Path | None,
-        identity: dict[str, Any],
+        share: Share,
+        about: dict[str, Any],
         progress: Callable[[Progress], None] | None,
     ):
-        self.metric, self.path, self.tell = metric, path, progress
-        same = {key: identity[key] for key in _SAME}
+        self.metric, self.share, self.path, self.tell = metric, share, share.path, progress
+        # With its demands: what a block came to for smaller ones is not what it has to come to. With the version:
+        # stages are known by their order.
+        same = {key: about[key] for key in (*identity.SAME, "configuration")} | {"version": __version__}
         self.key = hashlib.blake2b(json.dumps(same, sort_keys=True).encode(), digest_size=16).hexdigest()
-        self.spacing = _Spacing(_UNWRITTEN_SECONDS)
-        self.state_spacing = _Spacing()
+        self.spacing, self.state_spacing = _Spacing(_UNWRITTEN_SECONDS), _Spacing(_UNWRITTEN_SECONDS)
         self.unwritten = False
-        self.states: dict[Path, range] = {}
+
+    def prepare(self, record: Record, make: Callable[[], None]) -> None:
+        self.share.prepare(record, make, functools.partial(self._write, record))
+        self.commit(record)
+
+    def deal(self, record: Record, blocks: Sequence[range]) -> Sequence[range]:  # noqa: ARG002
+        return self.share.deal(record, functools.partial(self._write, record))
+
+    def gather(self, record: Record) -> bool:
+        return self.share.gather(record, functools.partial(self._write, record))
 
     def commit(self, record: Record, *, final: bool = False) -> None:
         self.unwritten = True
@@ -215,50 +293,69 @@ class _Journal(Journal):
             self._write(record)
 
     def progress(self, record: Record, done: int, total: int) -> None:
-        if self.tell is not None:
+        if self.tell is not None and (self.share.main or self.share.world == 1):
             self.tell(Progress(self.metric.name, done, total, _so_far(self.metric, record)))
+
+    def step(self, record: Record, standing: Callable[[], str]) -> None:
+        if self.tell is not None and self.share.main and (words := standing()):
+            self.tell(Progress(self.metric.name, int(record["done"].sum()), record.attrs["stop"], words))
 
     def load_state(self, block: range) -> State | None:
         if self.path is None:
             return None
-        path = _state_path(self.path, block)
-        found = results.read_state(path)
-        if found is None or found[1].get("key") != self.key:
-            return None
-        self.states[path] = block
-        return found[0]
+        self.share.meet()
+        found = results.read_state(_state_path(self.path, block))
+        self.share.meet()
+        return found[0] if found is not None and found[1].get("key") == self.key else None
 
     def save_state(self, block: range, state: Callable[[], State]) -> None:
-        if self.path is not None and self.state_spacing.due():
-            path = _state_path(self.path, block)
+        if self.path is not None and self.share.writes and self.state_spacing.due():
             with self.state_spacing:
-                results.write_state(path, state(), {"key": self.key})
-            self.states[path] = block
+                results.write_state(_state_path(self.path, block), state(), {"key": self.key})
 
     def _write(self, record: Record) -> None:
-        if self.path is None:
+        if self.path is None or not self.share.writes:
             return
-        if "done" in record and record["done"].any():
+        if self.share.main and "done" in record and record["done"].any():
             record.variables.update(self.metric.summarize(record))
         with self.spacing:
-            results.write(self.path, record)
+            self.share.write(record)
         self.unwritten = False
-        for path, block in list(self.states.items()):
-            if (
-                "done" in record and record["done"][block.start : block.stop].all()
-            ):  # their results are safe now
-                path.unlink(missing_ok=True)
-                del self.states[path]
+        _delete_states(self.path, record)
 
 
 def _state_path(path: Path, block: range) -> Path:
-    return path.parent / ".parts" / f"{path.stem}.state-{block.start}.safetensors"
+    which = "prepare" if block == PREPARATION else block.start
+    return path.parent / _PARTS / f"{path.stem}.state-{which}.safetensors"
+
+
+def kept_in(path: Path) -> Path | None:
+    """Return where the work on a result is kept: its file, or the state of what comes before; None for nowhere."""
+    return next((place for place in (path, _state_path(path, PREPARATION)) if place.exists()), None)
+
+
+def _delete_states(path: Path, record: Record | None = None) -> None:
+    """Delete the states of what is in the record, which is stored, or all of them.
+
+    A kill may have come between its writing and this.
+    """
+    every = record is None or bool(record.attrs["complete"])
+    done = record["done"] if record is not None and "done" in record else np.zeros(0, bool)
+    size = 0 if record is None else int(record.attrs["block_size"])
+    with contextlib.suppress(OSError):
+        for state in (path.parent / _PARTS).iterdir():
+            found = re.fullmatch(rf"{re.escape(path.stem)}\.state-(prepare|[0-9]+)\.safetensors", state.name)
+            if found is None:
+                continue
+            block = done[int(found[1]) :][:size] if found[1] != "prepare" else np.ones(1, bool)
+            if every or (len(block) and block.all()):
+                state.unlink()
 
 
 class _Spacing:
     """Tells when writing again keeps it under its share of the time; measures each writing."""
 
-    def __init__(self, first_after: float = 0.0) -> None:
+    def __init__(self, first_after: float) -> None:
         self.ended, self.wait = time.monotonic(), first_after
 
     def due(self) -> bool:
@@ -281,59 +378,14 @@ def _so_far(metric: Metric, record: Record) -> str:
     return text if error is None else f"{text} ± {float(error.data):.2g}"
 
 
-def _identity(metric: Metric, problem: Problem, seed: int, memory: int, data: str) -> dict[str, Any]:
-    """What makes two runs the same measurement."""
-    return {
-        "metric": metric.name,
-        "configuration": json.dumps(metric.configuration(), sort_keys=True),
-        "fixed_configuration": json.dumps(metric.configuration(without_demands=True), sort_keys=True),
-        "seed": seed,
-        "parameters_fingerprint": problem.fingerprint(),
-        "data_fingerprint": data,
-        "dtype": str(problem.dtype).removeprefix("torch."),
-        "device": problem.device.type,
-        "mode": problem.mode,
-        "reduction": problem.reduction,
-        "microbatch": problem.microbatch,
-        "memory": memory,
-    }
-
-
-_SAME = {
-    "metric": "the metric",
-    "fixed_configuration": "the metric's settings",
-    "seed": "the seed",
-    "parameters_fingerprint": "the model's parameters",
-    "data_fingerprint": "the data or their batches",
-    "dtype": "the dtype",
-    "device": "the device",
-    "mode": "the model's mode",
-    "reduction": "the reduction",
-    "microbatch": "the micro-batch",
-    "memory": "the memory",
-}
-
-
-def _require_same(path: Path, record: Record, identity: dict[str, Any]) -> None:
-    differing = [
-        f"{words} ({record.attrs.get(key)} there, {identity[key]} now)"
-        for key, words in _SAME.items()
-        if record.attrs.get(key) != identity[key]
-    ]
-    if differing:
-        raise Refused(
-            f"{path} holds another measurement; different: {'; '.join(differing)}. Choose another place "
-            "(out=..., --out), or start anew (overwrite=True, --overwrite)."
-        )
-    record.attrs["configuration"] = identity["configuration"]
-
-
 def _described(metric: Metric, problem: Problem, origin: dict[str, Any]) -> dict[str, Any]:
     return {
         "examples": problem.examples(),
         **origin,
         "torch_version": str(torch.__version__),
+        "model_dtype": precision(problem.evaluator.model),
         "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "world_size": 1,
         "headline": metric.headline,
         "told": list(metric.told),

@@ -150,16 +150,18 @@ def test_more_pairs_than_there_are_is_refused() -> None:
 
 
 class Stops(Journal):
-    """Stops an evaluation after some steps, and keeps the last state as a file would."""
+    """Stops an evaluation after some steps, and keeps states as files would."""
 
     def __init__(self, after: int):
-        self.after, self.state = after, None
+        self.after: int = after
+        self.states: dict[int, dict[str, np.ndarray]] = {}
 
     def load_state(self, block: range) -> dict[str, np.ndarray] | None:
-        return None if self.state is None else {k: v.copy() for k, v in self.state.items()}
+        held = self.states.get(block.start)
+        return None if held is None else {k: v.copy() for k, v in held.items()}
 
     def save_state(self, block: range, state: object) -> None:
-        self.state = state()  # type: ignore[operator]
+        self.states[block.start] = state()  # type: ignore[operator]
         self.after -= 1
         if self.after == 0:
             raise KeyboardInterrupt
@@ -171,7 +173,7 @@ class Stops(Journal):
         Eigenvalues(k=3, rtol=1e-6, vectors=True),
         Eigenvalues(k=2, which="both"),
         SpectralNorm(),
-        SpectralNorm(method="power"),
+        SpectralNorm(method="power", max_matvecs=40),
     ],
     ids=lambda m: f"{m.name} {getattr(m, 'which', '')}{getattr(m, 'method', '')}",
 )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import forks
 import numpy as np
 import pytest
 import torch
@@ -209,45 +206,10 @@ def test_interrupted_runs_end_as_uninterrupted_ones(metric: Metric, tmp_path: Pa
     assert same(whole, landscape.open(tmp_path / "cut" / f"{metric.name}.h5"))
 
 
-def killed(metric: Metric, out: Path, moments: random.Random) -> int:
-    """Measure in children that are killed at random moments, until one ends; return the number of kills."""
-
-    def child() -> int:
-        torch.set_num_threads(1)
-        landscape.measure(metric, small_problem(), out=out)
-        return 0
-
-    for kills in range(60):
-        number = forks.start(child)
-        time.sleep(moments.uniform(0.02, 0.12))
-        if os.waitpid(number, os.WNOHANG)[0]:
-            return kills
-        forks.kill(number)
-    return 60
-
-
-@pytest.mark.parametrize(
-    "metric",
-    [
-        Draws(pause=0.03),
-        Power(steps=12, pause=0.01),
-        Trace(method="hutchinson", max_probes=2048, rtol=0.0),
-    ],
-    ids=lambda m: m.name,
-)
-def test_killed_runs_go_on_and_end_bit_identical(
-    metric: Metric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_state_of_a_sequential_block_is_kept_between_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 0.0)  # these runs are too short to be written twice
-    whole = landscape.measure(metric, small_problem())
-    moments = random.Random(0)
-    # A history counts with three kills in the middle; a machine that lets the child end sooner gets another.
-    out = next(out for out in (tmp_path / str(i) for i in range(10)) if killed(metric, out, moments) >= 3)
-    resumed = landscape.measure(metric, small_problem(), out=out)
-    assert same(whole, resumed), (whole, resumed)
-
-
-def test_the_state_of_a_sequential_block_is_kept_between_steps(tmp_path: Path) -> None:
+    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 0.0)
     seen: list[int] = []
 
     @dataclass(frozen=True)
@@ -426,3 +388,61 @@ def test_metrics_are_found_by_name_and_from_a_file(tmp_path: Path) -> None:
     assert registry.load(str(mine)).name == "mine"
     with pytest.raises(landscape.UnknownMetric, match="does not exist"):
         registry.load(str(tmp_path / "absent.py"))
+
+
+def test_what_comes_before_the_first_unit_is_kept_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metric = Trace(deflate=2, max_probes=16, rtol=0.0)
+    path, write = tmp_path / "trace.h5", results.write_state
+
+    def write_and_stop(*arguments: object) -> None:
+        write(*arguments)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    assert run.kept_in(path) is None
+    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "write_state", write_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            landscape.measure(metric, small_problem(), out=path)
+    assert not path.exists()
+    assert run.kept_in(path) == tmp_path / ".parts" / "trace.state-prepare.safetensors"
+    assert same(
+        landscape.measure(metric, small_problem(), out=path), landscape.measure(metric, small_problem())
+    )
+    assert run.kept_in(path) == path
+    assert not list((tmp_path / ".parts").iterdir())
+
+
+def test_a_state_is_of_one_demand_and_overwriting_takes_up_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 0.0)
+    loaded: list[bool] = []
+
+    @dataclass(frozen=True)
+    class Watched(Power):
+        def run_block(self, problem, shared, block, generators, journal):  # type: ignore[no-untyped-def]
+            loaded.append(journal.load_state(block) is not None)
+            return super().run_block(problem, shared, block, generators, journal)
+
+        def step(self, problem: landscape.Problem, shared: Record, block: range, state: State) -> State:
+            if len(loaded) == 1 and state["step"] == 5:
+                raise KeyboardInterrupt
+            return super().step(problem, shared, block, state)
+
+    for changes, options, expected in (
+        ({}, {}, True),
+        ({"starts": 4}, {}, False),
+        ({}, {"overwrite": True}, False),
+    ):
+        loaded.clear()
+        out = tmp_path / f"{changes}{options}".replace("'", "")
+        with pytest.raises(KeyboardInterrupt):
+            landscape.measure(Watched(starts=2, steps=9), small_problem(), out=out)
+        found = landscape.measure(
+            Watched(**{"starts": 2, "steps": 9, **changes}), small_problem(), out=out, **options
+        )
+        assert loaded[1] is expected, (changes, options)
+        assert same(found, landscape.measure(Power(**{"starts": 2, "steps": 9, **changes}), small_problem()))

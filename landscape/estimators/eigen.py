@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from landscape import stages
 from landscape.estimators.krylov import Array, Krylov
 from landscape.estimators.probes import Operator, order
 
@@ -41,6 +43,16 @@ class EigenResult:
     residual_norms: Tensor
     converged: Tensor
     matvecs: int
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the result as arrays."""
+        return {name: np.asarray(torch.as_tensor(value).cpu()) for name, value in vars(self).items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], device: torch.device | str) -> EigenResult:
+        """Return the result that `arrays` stored."""
+        found: dict[str, Any] = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        return cls(**{**found, "matvecs": int(found["matvecs"])})
 
 
 def eigsh(
@@ -102,10 +114,14 @@ def eigsh(
         A, k, which, rtol, seed,
         block=block, copies=copies, warm=start is not None, memory=memory, max_matvecs=max_matvecs,
     )  # fmt: skip
-    state = solver.init(A.device, start)
+    stage = stages.begin()
+    if stage.result is not None:
+        return EigenResult.from_arrays(stage.result, A.device)
+    state = solver.init(A.device, start) if stage.state is None else Krylov.from_arrays(stage.state, A.device)
     while (result := solver.result(state)) is None:
         state = solver.step(A, state)
-    return result
+        stage.save(state.arrays)
+    return EigenResult.from_arrays(stage.finish(result.arrays()), A.device) if stage.is_kept else result
 
 
 @dataclass(frozen=True)

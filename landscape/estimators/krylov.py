@@ -10,9 +10,8 @@ vector can be taken up as a new chain at any time, since A V has no component al
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -102,15 +101,17 @@ class Krylov:
 
     def add(self, vector: Tensor) -> bool:
         """Begin a chain with a given vector; False where it lies in the space already."""
-        x = vector.double()
+        return self._begin(vector.to(torch.float64, copy=True))
+
+    def _begin(self, x: Tensor) -> bool:
+        """The same; x is float64, and is used up."""
         length = float(torch.linalg.vector_norm(x))
         if self.full or length == 0.0:
             return False
-        x = x / length
-        _, rest = self._orthogonalise(x, 1.0)
+        _, rest = self._orthogonalise(x.div_(length), 1.0)
         if rest <= 1e3 * torch.finfo(self.vectors.dtype).eps:
             return False
-        self._append(x / rest)
+        self._append(x.div_(rest))
         return True
 
     def draw(self, seed: int, name: str) -> None:
@@ -123,7 +124,7 @@ class Krylov:
         while not begun and not self.full:
             normal = draw(generator(seed, name, self.draws), n, 1, "gaussian", device=self.vectors.device)
             self.draws += 1
-            begun = self.add(normal[:, 0])
+            begun = self._begin(normal[:, 0])
         if self.expanded.any():
             self.goal = self.goal or self.steps
         self.chains, self.steps = self.chains + 1, 0
@@ -148,7 +149,7 @@ class Krylov:
             C[: len(c), i] += c
             if rest > negligible and not self.full:
                 C[self.rows, i] = rest
-                self._append(X[i] / rest)
+                self._append(X[i].div_(rest))
             else:
                 self.rounding = max(self.rounding, rest)
         self._learn(columns, C[: self.rows], before)
@@ -222,6 +223,12 @@ class Krylov:
             self._ritz = Ritz(values * scale, S, self.G[np.ix_(self.pending, known)] @ S)
         return self._ritz
 
+    def words(self) -> str:
+        """The products spent and the outermost Ritz values with their residuals, in words."""
+        ritz = self.ritz()
+        ends = ", ".join(f"{ritz.values[i]:.4g} (residual {ritz.residuals[i]:.1e})" for i in (-1, 0))
+        return f"{self.matvecs} products: {ends}"
+
     def combine(self, S: Array, dtype: torch.dtype) -> Tensor:
         """Return the vectors V S as columns, shape (n, S.shape[1])."""
         known = torch.as_tensor(np.flatnonzero(self.expanded))
@@ -252,21 +259,29 @@ class Krylov:
     # --- storing ------------------------------------------------------------------------------------
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the state as arrays; only the vectors in use."""
+        """Return the state as arrays, each vector in use as one of its own; on a CPU they are views."""
         kept = {name: np.array(getattr(self, name)) for name in _STORED}
-        capacity = np.array(len(self.vectors))
-        return {"vectors": self.vectors[: self.rows].cpu().numpy().copy(), "capacity": capacity, **kept}
+        rows = {_row(i): self.vectors[i].cpu().numpy() for i in range(self.rows)}
+        return {"capacity": np.array(len(self.vectors)), **kept, **rows}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, Any], device: torch.device | str = "cpu") -> Krylov:
-        """Return the state that `arrays` stored, in memory of its own."""
-        used = torch.from_numpy(np.array(arrays["vectors"], order="C"))
-        state = cls.empty(used.shape[1], int(arrays["capacity"]), used.dtype, torch.device(device))
-        state.vectors[: len(used)] = used
+    def from_arrays(cls, arrays: dict[str, np.ndarray], device: torch.device | str = "cpu") -> Krylov:
+        """Return the state that `arrays` stored, in memory of its own.
+
+        The vectors are taken out of `arrays` one by one, so that they are not held twice.
+        """
+        n, dtype = len(arrays[_row(0)]), torch.from_numpy(arrays[_row(0)][:1].copy()).dtype
+        state = cls.empty(n, int(arrays["capacity"]), dtype, torch.device(device))
         for name in _STORED:
             value = np.array(arrays[name], order="C")
             setattr(state, name, value if value.ndim else value.item())
+        for i in range(state.rows):
+            state.vectors[i] = torch.from_numpy(arrays.pop(_row(i)))
         return state
+
+
+def _row(index: int) -> str:
+    return f"vector_{index}"
 
 
 def _lengths(X: Tensor) -> list[float]:
@@ -283,7 +298,7 @@ def product(A: Operator, rows: Tensor) -> Tensor:
         ValueError: if the product has another shape or is not finite.
     """
     block = rows.to(A.dtype)
-    out = A @ (block[0].clone() if len(block) == 1 else block.T.contiguous())
+    out = A @ (block[0] if len(block) == 1 else block.T.contiguous())
     if out.numel() != rows.numel():
         raise ValueError(
             f"A @ V has shape {tuple(out.shape)} for V of shape {tuple(block.T.shape)}; allowed is the same"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from landscape import stages
 from landscape.estimators.krylov import product
 from landscape.estimators.probes import Operator, draw, order
 from landscape.seeds import generator
@@ -38,6 +42,22 @@ class PowerResult:
     opposite: bool
     matvecs: int
     message: str
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the result as arrays."""
+        numbers = {name: np.asarray(value) for name, value in vars(self).items() if name in _NUMBERS}
+        text = np.frombuffer(self.message.encode(), np.uint8)
+        return {**numbers, "vector": self.vector.cpu().numpy(), "message": text}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], device: torch.device | str) -> PowerResult:
+        """Return the result that `arrays` stored."""
+        numbers = {name: arrays[name].item() for name in _NUMBERS}
+        vector = torch.from_numpy(arrays["vector"]).to(device)
+        return cls(vector=vector, message=arrays["message"].tobytes().decode(), **numbers)
+
+
+_NUMBERS = ("value", "residual_norm", "converged", "opposite", "matvecs")
 
 
 def power_iteration(
@@ -84,11 +104,33 @@ def power_iteration(
         raise ValueError(f"rtol = {rtol}; allowed is 0 <= rtol < 1, for example 1e-3")
     if max_matvecs < 1:
         raise ValueError(f"max_matvecs = {max_matvecs}; allowed is 1 or more")
+    stage = stages.begin()
+    if stage.result is not None:
+        return PowerResult.from_arrays(stage.result, A.device)
+    if stage.state is None:
+        v = _first(A, n, seed, start)
+        previous, before = torch.zeros_like(v), 0
+    else:
+        v, previous = (torch.from_numpy(stage.state[name]).to(A.device) for name in ("v", "previous"))
+        before = int(stage.state["matvecs"])
+    found = _iterated(A, rtol, shift, v, previous, before, max_matvecs, stage)
+    return PowerResult.from_arrays(stage.finish(found.arrays()), A.device) if stage.is_kept else found
+
+
+def _iterated(
+    A: Operator,
+    rtol: float,
+    shift: float,
+    v: Tensor,
+    previous: Tensor,
+    before: int,
+    max_matvecs: int,
+    stage: stages.Stage,
+) -> PowerResult:
+    """Go on from v and the vector before it, of which `before` products are made."""
     floor = _ROUNDING * torch.finfo(A.dtype).eps
     asked = max(rtol, floor)
-    v = _first(A, n, seed, start)
-    previous = torch.zeros_like(v)
-    for matvecs in range(1, max_matvecs + 1):
+    for matvecs in range(before + 1, max_matvecs + 1):
         x = product(A, v[None])[0] - shift * v
         theta, length = float(v @ x), float(torch.linalg.vector_norm(x))
         residual = float(torch.linalg.vector_norm(x - theta * v))
@@ -103,8 +145,14 @@ def power_iteration(
         if opposite and gap * (max_matvecs - matvecs) < math.log(residual / (asked * length)):
             break
         previous, v = v, x / length
+        if matvecs < max_matvecs:
+            stage.save(functools.partial(_state, v, previous, matvecs))
     message = _opposite(shift, length) if opposite else _slow(residual, matvecs)
     return PowerResult(*found, False, opposite, matvecs, message)
+
+
+def _state(v: Tensor, previous: Tensor, matvecs: int) -> dict[str, np.ndarray]:
+    return {"v": v.cpu().numpy(), "previous": previous.cpu().numpy(), "matvecs": np.asarray(matvecs)}
 
 
 def _first(A: Operator, n: int, seed: int, start: Tensor | None) -> Tensor:

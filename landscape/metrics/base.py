@@ -15,7 +15,6 @@ import abc
 import contextlib
 import dataclasses
 import functools
-import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,15 +24,39 @@ import numpy as np
 import torch
 
 from landscape import memory as footprint
-from landscape import product_checks, seeds
+from landscape import rounds, seeds, stages
 from landscape.checks import Need
+from landscape.metrics.base_journal import (
+    PREPARATION,
+    Accounts,
+    Journal,
+    StageJournal,
+    State,
+    packed,
+    unpacked,
+)
 from landscape.problem import Problem
 from landscape.results import Record, Variable
 
-Values = dict[str, Variable]
-State = dict[str, np.ndarray]
+__all__ = [
+    "MEMORY",
+    "Journal",
+    "Metric",
+    "Round",
+    "SequentialMetric",
+    "State",
+    "Values",
+    "curvature_power",
+    "doubling",
+    "evaluate",
+    "graphs_fit",
+    "setting",
+    "vector_bytes",
+]
 
-_SPENT = "cost_of_this_block"
+Values = dict[str, Variable]
+
+_STEP = "step/"  # before the names of what stages within a step keep
 _HELD_PER_SAVED = 2  # bytes that a graph holds per byte that autograd saves for it, at most
 MEMORY = 8 << 30  # bytes that a measurement may use beside the model, unless told otherwise
 
@@ -82,22 +105,6 @@ def doubling(done: int, first: int, most: int, fine: Callable[[], bool]) -> Roun
     return Round(min(next(count for count in fixed if count > done), most))
 
 
-class Journal:
-    """Where an evaluation tells what it did; this one forgets. `landscape.run` writes files."""
-
-    def commit(self, record: Record, *, final: bool = False) -> None:
-        """Take note of the units that are done; `final` after the last."""
-
-    def progress(self, record: Record, done: int, total: int) -> None:
-        """Take note of how far the current round is."""
-
-    def load_state(self, block: range) -> State | None:
-        """Return the saved state of a sequential block, if there is one."""
-
-    def save_state(self, block: range, state: Callable[[], State]) -> None:
-        """Keep the state of a sequential block, which is made only where it is kept."""
-
-
 @dataclass(frozen=True)
 class Metric(abc.ABC):
     """One measure of a problem. Its fields are the flags, the provenance and the resume key.
@@ -110,6 +117,7 @@ class Metric(abc.ABC):
         citation: the source of the definition.
         told: further variables, numbers without an error, that are told with the headline.
         listed: variables along the headline's axis that are told as a table in its place.
+        seed_chooses: whether the seed says what is measured (random directions), not only with which draws.
     """
 
     name: ClassVar[str]
@@ -119,6 +127,7 @@ class Metric(abc.ABC):
     citation: ClassVar[str] = ""
     told: ClassVar[tuple[str, ...]] = ()
     listed: ClassVar[tuple[str, ...]] = ()
+    seed_chooses: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Refuse a choice that is none of a field's.
@@ -161,6 +170,11 @@ class Metric(abc.ABC):
         """Predict the fewest and the most curvature products (or other passes) that will be needed."""
 
     @property
+    def loss_powers(self) -> Mapping[str, float]:
+        """Variables that are multiplied by c^p where the loss is by c, and p; those without such a law are left out."""
+        return {self.headline: 1.0}
+
+    @property
     def outlook_in(self) -> tuple[str, float]:
         """What `outlook` counts, and what one of them costs in gradients, about."""
         return "products", 2.5  # between 2.2 and 2.9 by network
@@ -179,10 +193,11 @@ class Metric(abc.ABC):
         shared: Record,
         block: range,
         generators: Sequence[torch.Generator],
-        journal: Journal,  # noqa: ARG002  (sequential metrics keep their state there)
+        journal: Journal,
     ) -> Values:
-        """Measure a block from wherever it stands."""
-        return self.measure(problem, shared, block, generators)
+        """Measure a block from wherever it stands; its stages are kept in the journal."""
+        with journal.staged(block):
+            return self.measure(problem, shared, block, generators)
 
     def configuration(self, *, without_demands: bool = False) -> dict[str, Any]:
         """The fields and their values; without those that only ask for more of the same."""
@@ -191,6 +206,11 @@ class Metric(abc.ABC):
             for f in dataclasses.fields(self)
             if not (without_demands and f.metadata.get("grows"))
         }
+
+
+def curvature_power(curvature: str) -> float:
+    """Return the power of the loss that a curvature matrix is proportional to."""
+    return 2.0 if curvature == "empirical_fisher" else 1.0  # squares of gradients
 
 
 def vector_bytes(problem: Problem) -> int:
@@ -203,7 +223,8 @@ class SequentialMetric(Metric):
     """A metric whose blocks advance step by step (Lanczos, ascent) and can stop between steps.
 
     A state is a dict of arrays, or an object that `stored` turns into one and `restored` brings back, bit
-    for bit; what a step needs to know, random state included, is in it.
+    for bit; what a step needs to know, random state included, is in it. A step with stages of its own (a solve)
+    leaves the state as it is until they end.
 
     Attributes:
         keeps_graphs: whether graphs of products are kept from step to step, where they fit into the memory.
@@ -224,6 +245,10 @@ class SequentialMetric(Metric):
     @abc.abstractmethod
     def result(self, problem: Problem, shared: Record, block: range, state: Any) -> Values | None:
         """Return the block's values, or None while it has to go on."""
+
+    def standing(self, state: Any) -> str:  # noqa: ARG002  (a metric whose steps are short has nothing to say)
+        """Say in a few words how far a state is."""
+        return ""
 
     def stored(self, state: Any) -> State:
         """Turn a state into arrays."""
@@ -261,22 +286,30 @@ class SequentialMetric(Metric):
         generators: Sequence[torch.Generator],
         journal: Journal,
     ) -> Values:
-        before = np.array(list(vars(problem.cost).values()))
-        stored = journal.load_state(block)
+        stored, inner = journal.load_state(block), {}
         if stored is None:
             state = _as_read_back(self.start(problem, shared, block, generators))
-        else:  # what it cost so far belongs to the block, whoever paid
-            for key, count in zip(vars(problem.cost), stored.pop(_SPENT), strict=True):
-                setattr(problem.cost, key, getattr(problem.cost, key) + int(count))
-            state = self.restored(problem, stored)
+        else:
+            inner = {name.removeprefix(_STEP): a for name, a in stored.items() if name.startswith(_STEP)}
+            own = {name: array for name, array in stored.items() if not name.startswith(_STEP)}
+            stored = None  # large states are taken over array by array
+            state = self.restored(problem, own)
         while (values := self.result(problem, shared, block, state)) is None:
-            state = _as_read_back(self.step(problem, shared, block, state))
-            spent = np.array(list(vars(problem.cost).values())) - before
-            journal.save_state(block, functools.partial(self._to_store, state, spent))
+            keep = functools.partial(self._keep, journal, block, state)
+            with stages.within(stages.Stages(inner, keep, journal.books)):
+                state = _as_read_back(self.step(problem, shared, block, state))
+            inner = {}
+            journal.save_state(block, functools.partial(self.stored, state))
+            journal.step(shared, functools.partial(self.standing, state))
         return values
 
-    def _to_store(self, state: Any, spent: np.ndarray) -> State:
-        return {**self.stored(state), _SPENT: spent}
+    def _keep(self, journal: Journal, block: range, state: Any, inner: Callable[[], State]) -> None:
+        """Keep the state before a step, and the stages of the step."""
+
+        def both() -> State:
+            return {**self.stored(state), **{f"{_STEP}{name}": array for name, array in inner().items()}}
+
+        journal.save_state(block, both)
 
 
 def graphs_fit(problem: Problem, memory: int) -> bool:
@@ -287,10 +320,7 @@ def graphs_fit(problem: Problem, memory: int) -> bool:
 
 
 def _as_read_back(state: Any) -> Any:
-    """Lay out arrays as they would be read back: sums depend on the memory layout, in the last bit."""
-    if not isinstance(state, dict):
-        return state
-    return {key: np.array(value, order="C") for key, value in state.items()}
+    return stages.as_read_back(state) if isinstance(state, dict) else state
 
 
 def evaluate(
@@ -304,6 +334,9 @@ def evaluate(
 ) -> Record:
     """Evaluate a metric, without files.
 
+    Within another evaluation, as of a metric that measures others, it is a stage of that: interrupted, both go
+    on where they were.
+
     Args:
         metric: what to measure.
         problem: on what.
@@ -315,45 +348,68 @@ def evaluate(
     Returns:
         The record: values of all units, and the estimates.
     """
-    journal = journal or Journal()
-    record = record or Record()
-    with problem.session():
+    if journal is not None:
+        return _evaluate(metric, problem, seed, memory, journal, record or Record())
+    stage = stages.begin(keeps_books=True)
+    if not stage.is_kept:
+        return _evaluate(metric, problem, seed, memory, Journal(), record or Record())
+    if stage.result is not None:
+        return unpacked(stage.result)
+    inner = StageJournal(stage, problem)
+    return unpacked(stage.finish(packed(_evaluate(metric, problem, seed, memory, inner, inner.record))))
+
+
+def _evaluate(
+    metric: Metric, problem: Problem, seed: int, memory: int, journal: Journal, record: Record
+) -> Record:
+    with problem.session(), stages.within(None):
         if "block_size" not in record.attrs:
             record.attrs["memory"] = memory
-            with _charged(record, problem):
-                shared = metric.prepare(problem, seed)
-            record.variables.update(shared.variables)
-            record.attrs.update(shared.attrs)
-            record.attrs.update(block_size=metric.block_size(problem, memory), stop=0)
-            journal.commit(record)
+            journal.prepare(record, functools.partial(_prepare, metric, problem, seed, journal, record))
         while True:
-            _measure_open_blocks(metric, problem, seed, record, journal)
+            if _measure_open_blocks(metric, problem, seed, record, journal):
+                return record
             following = metric.units(record)
             if following is None:
                 break
-            _open_round(metric, record, following)
-        record.variables.update(metric.summarize(record))
-        record.attrs["complete"] = True
+            open_round(metric, record, following)
+        finish(metric, record)
         journal.commit(record, final=True)
     return record
 
 
+def _prepare(metric: Metric, problem: Problem, seed: int, journal: Journal, record: Record) -> None:
+    with Accounts(record, problem, journal) as accounts, accounts.staged(PREPARATION):
+        shared = metric.prepare(problem, seed)
+    record.variables.update(shared.variables)
+    record.attrs.update(shared.attrs)
+    size = metric.block_size(problem, record.attrs["memory"])
+    record.attrs.update(block_size=size, stop=0, round=rounds.first(shared))
+
+
+def finish(metric: Metric, record: Record) -> None:
+    """Summarize a record whose units are all done."""
+    record.variables.update(metric.summarize(record))
+    record.attrs["complete"] = True
+
+
 def _measure_open_blocks(
     metric: Metric, problem: Problem, seed: int, record: Record, journal: Journal
-) -> None:
-    size, stop = record.attrs["block_size"], record.attrs["stop"]
-    for start in range(0, stop, size):
-        block = range(start, min(start + size, stop))
-        if record["done"][start : block.stop].all():
-            continue
+) -> bool:
+    """Measure what is to be measured here; return whether the rest is left to others."""
+    blocks = rounds.open_blocks(record)
+    if not blocks:
+        return False
+    for block in journal.deal(record, blocks):
         # A block that an earlier, smaller demand left half done is measured whole: what its units say
         # together must not depend on that history.
         generators = _Streams(seed, metric.name, block)
-        with _charged(record, problem):
-            values = metric.run_block(problem, record, block, generators, journal)
+        with Accounts(record, problem, journal) as accounts:
+            values = metric.run_block(problem, record, block, generators, accounts)
         _store(record, block, values)
         journal.commit(record)
-        journal.progress(record, int(record["done"].sum()), stop)
+        journal.progress(record, int(record["done"].sum()), record.attrs["stop"])
+    return not journal.gather(record)
 
 
 class _Streams(Sequence[torch.Generator]):
@@ -376,7 +432,7 @@ class _Streams(Sequence[torch.Generator]):
         return self._made[index]
 
 
-def _open_round(metric: Metric, record: Record, following: Round) -> None:
+def open_round(metric: Metric, record: Record, following: Round) -> None:
     """Lengthen the unit dimension; what is not yet measured is NaN and not done."""
     stop = following.stop
     if stop <= record.attrs["stop"] and not following.again:
@@ -386,65 +442,20 @@ def _open_round(metric: Metric, record: Record, following: Round) -> None:
     done = Variable((metric.unit,), np.zeros(0, bool), long_name="measured")
     for name, variable in {"done": done, **record.variables}.items():
         if variable.dims[:1] == (metric.unit,) and variable.data.shape[0] < stop:
-            record.variables[name] = dataclasses.replace(variable, data=_lengthened(variable.data, stop))
+            record.variables[name] = dataclasses.replace(
+                variable, data=rounds.lengthened(variable.data, stop)
+            )
     record.variables.update(following.inputs)
     record.attrs["stop"] = stop
+    record.attrs["round"] = rounds.following(record.attrs.get("round", ""), stop, following.inputs)
     if following.again:
         record["done"][:] = False
 
 
 def _store(record: Record, block: range, values: Mapping[str, Variable]) -> None:
     for name, variable in values.items():
-        if name not in record:
-            empty = variable.data[:0]
-            empty = empty if empty.dtype.kind in "fUb" else empty.astype(float)
-            stop = record.attrs["stop"]
-            record.variables[name] = dataclasses.replace(variable, data=_lengthened(empty, stop))
-        record[name][block.start : block.stop] = variable.data
+        rounds.put(record, name, variable, slice(block.start, block.stop), variable.data)
     record["done"][block.start : block.stop] = True
-
-
-def _lengthened(data: np.ndarray, stop: int) -> np.ndarray:
-    blank = np.nan if data.dtype.kind == "f" else np.zeros((), data.dtype)
-    longer = np.full((stop, *data.shape[1:]), blank, data.dtype)
-    longer[: data.shape[0]] = data
-    return longer
-
-
-class _charged:  # noqa: N801  (reads as a verb where it is used)
-    """Add to the record what was computed meanwhile: matvecs, gradients, values, seconds."""
-
-    def __init__(self, record: Record, problem: Problem):
-        self.record, self.problem = record, problem
-
-    def __enter__(self) -> None:
-        self.before, self.began = dataclasses.replace(self.problem.cost), time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        if error[0] is not None:
-            return
-        _note_products(self.record, self.problem)
-        spent = {key: getattr(self.problem.cost, key) - count for key, count in vars(self.before).items()}
-        seconds = time.perf_counter() - self.began
-        for key, spent_now in {**spent, "wall_seconds": seconds}.items():
-            unit, words = ("s", "time spent measuring") if key == "wall_seconds" else ("1", _COUNTED[key])
-            before = self.record[key] if key in self.record else 0  # noqa: SIM401  (a Record is no dict)
-            self.record.variables[key] = Variable((), np.asarray(before + spent_now), unit, words)
-
-
-def _note_products(record: Record, problem: Problem) -> None:
-    """Tell how products are made: known from the first one on, and stored with the first unit."""
-    record.attrs["kernels"] = problem.kernels_in_use
-    record.attrs["products"] = problem.products_in_use
-    if record.attrs.get("check") and problem.products == "auto":
-        record.attrs["check"].update(product_checks.summary(problem.product_checks))
-
-
-_COUNTED = {
-    "matvecs": "products of the curvature matrix with a vector",
-    "gradients": "gradients over all data",
-    "values": "evaluations of the loss over all data",
-}
 
 
 @functools.cache

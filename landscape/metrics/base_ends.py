@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,7 @@ from landscape.checks import Need
 from landscape.estimators.eigen import Lanczos
 from landscape.estimators.krylov import Krylov
 from landscape.estimators.power import power_iteration
-from landscape.metrics.base import Round, SequentialMetric, State, Values, setting
+from landscape.metrics.base import Round, SequentialMetric, State, Values, curvature_power, setting
 from landscape.problem import Problem
 from landscape.results import Record, Variable
 
@@ -135,6 +135,10 @@ class EndsOfSpectrum(SequentialMetric):
             "limit": Variable(("end",), every * self.max_matvecs, "1", "products allowed to the solve"),
         }
 
+    def standing(self, state: Any) -> str:
+        """Say which ends of the spectrum were found so far."""
+        return "" if self.method == "power" else state.words()
+
     def stored(self, state: Any) -> State:
         """Turn the Krylov space into arrays."""
         return dict(state) if self.method == "power" else state.arrays()
@@ -160,6 +164,11 @@ class EndsOfSpectrum(SequentialMetric):
             "eigenvalue_min_residual_norm": Variable((), residuals[1], "1", "‖A v - θ v‖ of the smallest"),
             "converged": Variable((), np.asarray(bool(converged.all())), "1", "whether both reached rtol"),
         }
+
+    @property
+    def loss_powers(self) -> Mapping[str, float]:
+        """Those of the matrix."""
+        return {self.headline: curvature_power(self.curvature)}
 
     def outlook(self, problem: Problem) -> tuple[int, int]:  # noqa: ARG002
         """Predict the products: at best a few, at most the limit at each end."""

@@ -84,8 +84,7 @@ class MappedTrace(Metric):
             "layer_size": Variable(("layer",), sizes, long_name="number of parameters"),
         }
         if way.name == "residual" and way.plan is not None and not way.plan.outputs:
-            sums, weights = ggn_trace.mapped_by_batch(part, part.batches, self.maps(part).each)
-            parts = sums.sum(axis=0) / weights.sum()
+            parts = ggn_trace.averaged(part, self.maps(part).each)
             found["exact_layer_part"] = Variable(("layer",), parts, "1", "the part that is of G, exact")
         return Record(
             found,

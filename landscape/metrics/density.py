@@ -21,7 +21,7 @@ from landscape.estimators.deflation import Deflated, deflated
 from landscape.estimators.density import PRESETS, DensityEstimate, from_chains
 from landscape.estimators.eigen import eigsh
 from landscape.estimators.probes import draw
-from landscape.metrics.base import Round, SequentialMetric, State, Values, setting
+from landscape.metrics.base import Round, SequentialMetric, State, Values, curvature_power, setting
 from landscape.problem import Problem
 from landscape.results import Record, Variable
 
@@ -201,6 +201,13 @@ class Density(SequentialMetric):
             **_outliers(found, atoms),
             "converged": Variable((), np.asarray(bool(done.all())), "1", "whether all probes are done"),
         }
+
+    @property
+    def loss_powers(self) -> Mapping[str, float]:
+        """The axis scales, the count stays."""
+        power = curvature_power(self.curvature)
+        ends = dict.fromkeys(("x", "bulk_low", "bulk_high"), power)
+        return {self.headline: 0.0, **ends}
 
     def outlook(self, problem: Problem) -> tuple[int, int]:
         """Predict the products: probes times steps, and what deflation takes."""

@@ -5,7 +5,7 @@ A v = λ v. Within the residual ‖A v - θ v‖ of each value θ given lies an 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +17,7 @@ from landscape.checks import Need
 from landscape.errors import Refused
 from landscape.estimators.eigen import Lanczos
 from landscape.estimators.krylov import Krylov
-from landscape.metrics.base import Round, SequentialMetric, State, Values, setting
+from landscape.metrics.base import Round, SequentialMetric, State, Values, curvature_power, setting
 from landscape.problem import Problem
 from landscape.results import Record, Variable
 
@@ -138,6 +138,10 @@ class Eigenvalues(SequentialMetric):
             values["eigenvectors"] = Variable(("eigenvalue", "parameter"), rows, "1", words, sidecar=True)
         return values
 
+    def standing(self, state: Krylov) -> str:
+        """Say which ends of the spectrum were found so far."""
+        return state.words()
+
     def stored(self, state: Krylov) -> State:
         """Turn the Krylov space into arrays."""
         return state.arrays()
@@ -151,6 +155,11 @@ class Eigenvalues(SequentialMetric):
         done = record["done"]
         fine = bool(done.all() and record["pair_converged"][done].all())
         return {"converged": Variable((), np.asarray(fine), "1", "whether all pairs reached rtol")}
+
+    @property
+    def loss_powers(self) -> Mapping[str, float]:
+        """Those of the matrix."""
+        return {self.headline: curvature_power(self.curvature)}
 
     def outlook(self, problem: Problem) -> tuple[int, int]:
         """Predict the products: not fewer than the pairs, at most the limit."""

@@ -177,7 +177,13 @@ class Evidence(SequentialMetric):
         stop = min(state.columns + _COLUMNS, problem.size)
         units = torch.zeros(problem.size, stop - state.columns, dtype=A.dtype, device=A.device)
         units[state.columns : stop].fill_diagonal_(1.0)
-        state.matrix[:, state.columns : stop] = (A @ units).double().cpu()
+        columns = (A @ units).double().cpu()
+        if not bool(torch.isfinite(columns).all()):
+            raise Refused(
+                "a product with the curvature matrix holds NaN or infinity, so it has no determinant; look at the loss "
+                "and the gradient"
+            )
+        state.matrix[:, state.columns : stop] = columns
         return _Matrix(state.matrix, stop)
 
     def result(self, problem: Problem, shared: Record, block: range, state: Any) -> Values | None:  # noqa: ARG002
@@ -232,6 +238,11 @@ class Evidence(SequentialMetric):
             "logdet_stderr": Variable((), np.asarray(found.stderr), "1", f"standard error, {words}"),
             "converged": Variable((), np.asarray(bool(done.all())), "1", "whether all probes are done"),
         }
+
+    @property
+    def loss_powers(self) -> Mapping[str, float]:
+        """None: the loss is a likelihood."""
+        return {}
 
     def outlook(self, problem: Problem) -> tuple[int, int]:
         """Predict the products."""

@@ -6,7 +6,7 @@ Of a bias-free rectifier network with K weight matrices, f is homogeneous of deg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -82,6 +82,11 @@ class FisherRao(Metric):
             "layer_fisher_rao": Variable(("layer",), parts, "1", "each tensor's part θ_l·(Fθ)_l"),
             "converged": Variable((), np.asarray(bool(record["done"].all())), "1", "whether it is measured"),
         }
+
+    @property
+    def loss_powers(self) -> Mapping[str, float]:
+        """Squared gradients; the Fisher information is of a likelihood, and has no other scale."""
+        return {self.headline: 2.0} if self.curvature == "empirical_fisher" else {}
 
     def outlook(self, problem: Problem) -> tuple[int, int]:  # noqa: ARG002
         """One product."""

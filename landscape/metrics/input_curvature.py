@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -212,6 +212,11 @@ class InputCurvature(Metric):
         fine = len(missed) == 0
         found["converged"] = Variable((), np.asarray(fine), "1", "whether every Hessian norm reached rtol")
         return found
+
+    @property
+    def loss_powers(self) -> Mapping[str, float]:
+        """Those of single examples; in the normalized one ε has the unit of a gradient."""
+        return dict.fromkeys(("gradient_norm", "hessian_norm", "trace", "curvature"), 1.0)
 
     def outlook(self, problem: Problem) -> tuple[int, int]:  # noqa: ARG002
         """Predict the passes over the data that make a product with each example's Hessian."""

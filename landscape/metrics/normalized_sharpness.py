@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -108,6 +108,11 @@ class NormalizedSharpness(SequentialMetric):
             ),
             "converged": Variable((), np.asarray(bool(record["done"].all())), "1", "whether it is measured"),
         }
+
+    @property
+    def loss_powers(self) -> Mapping[str, float]:
+        """A sum of roots of curvatures."""
+        return {self.headline: 0.5}
 
     @property
     def outlook_in(self) -> tuple[str, float]:

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -197,6 +197,11 @@ class Reparametrization(Metric):
                 (), record["hessian_identity_error"][done].max(), "1", "over all α"
             ),
         }
+
+    @property
+    def loss_powers(self) -> Mapping[str, float]:
+        """An exponent stays."""
+        return {self.headline: 0.0}
 
     def outlook(self, problem: Problem) -> tuple[int, int]:
         """Predict what the measures need, at θ and at every α, and two products for the identity."""

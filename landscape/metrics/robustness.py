@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -30,7 +30,8 @@ class Robustness(Metric):
     """Relative change of input gradients at distance ε, and accuracy under projected gradient attacks of size ε.
 
     `gradient_robustness` is E ‖∇f(x + e) - ∇f(x)‖ / ‖∇f(x)‖ over directions e of length ε (norm 2: uniform on
-    the sphere; inf: random signs times ε), examples with a zero gradient left out and counted.
+    the sphere; inf: random signs times ε), examples with a zero gradient, or none that is
+    finite, left out and counted.
     `adversarial_accuracy` is the share of examples for which no attack was found: an upper bound of the robust
     accuracy, as an attack that is not found may exist. What is found within a smaller ε counts at a larger
     one too. f is the loss; an example's result does not depend on its batch.
@@ -43,7 +44,7 @@ class Robustness(Metric):
     unit: ClassVar[str] = "example"
     block: ClassVar[int] = _BLOCK
     citation: ClassVar[str] = "Madry et al. 2018, arXiv:1706.06083"
-    told: ClassVar[tuple[str, ...]] = ("adversarial_accuracy", "accuracy", "zero_gradients")
+    told: ClassVar[tuple[str, ...]] = ("adversarial_accuracy", "accuracy", "zero_gradients", "not_finite")
 
     epsilon: tuple[float, ...] = setting((0.05, 0.1, 0.15, 0.2), "ε, in the unit of the input")
     norm: Literal[2, "inf"] = setting(2, "of the displacement")
@@ -182,6 +183,9 @@ class Robustness(Metric):
                 (), np.asarray(int((slope == 0).sum())), "1", "examples without a gradient"
             )
         }
+        words = "examples without a finite gradient; left out of the means of changes"
+        bad = np.asarray(int((~np.isfinite(slope)).sum()))
+        found["not_finite"] = Variable((), bad, "1", words)
         change = record["gradient_change"][done]
         change = change[np.isfinite(change).all(axis=1)]
         mean = change.mean(axis=0) if len(change) else np.full(len(self.epsilon), np.nan)
@@ -199,6 +203,11 @@ class Robustness(Metric):
             found["adversarial_accuracy_stderr"] = Variable(("epsilon",), error, "1", "over examples")
         found["converged"] = Variable((), np.asarray(bool(done.all())), "1", "whether every example is done")
         return found
+
+    @property
+    def loss_powers(self) -> Mapping[str, float]:
+        """Changes are relative."""
+        return {self.headline: 0.0, "gradient_norm": 1.0}
 
     @property
     def outlook_in(self) -> tuple[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -257,6 +257,13 @@ class Sharpness(SequentialMetric):
         if self.definition == "average":
             return estimate.average(record, self._precise(record))
         return estimate.searched(record)
+
+    @property
+    def loss_powers(self) -> Mapping[str, float]:
+        """Rises scale; beside 1 + L they have no law."""
+        return {"loss": 1.0, "gradient_norm": 1.0} | (
+            {} if self.definition in {"keskar", "ball"} else {self.headline: 1.0}
+        )
 
     @property
     def outlook_in(self) -> tuple[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -46,6 +46,7 @@ class Surface(Metric):
     block: ClassVar[int] = 256
     citation: ClassVar[str] = "Li et al. 2018, arXiv:1712.09913"
     told: ClassVar[tuple[str, ...]] = ("loss_origin", "loss_lowest")
+    seed_chooses: ClassVar[bool] = True
 
     directions: Literal["filter", "random", "layer", "hessian", "gradient", "difference", "pca", "file"] = (
         setting("filter", "which line or plane")
@@ -313,6 +314,11 @@ class Surface(Metric):
             worst = known.max() if len(known) else np.nan
             values["precision_error"] = Variable((), np.asarray(worst), "1", words)
         return values
+
+    @property
+    def loss_powers(self) -> Mapping[str, float]:
+        """The loss's own; the gradient as a direction is as long as it is."""
+        return {} if self.directions == "gradient" else {self.headline: 1.0}
 
     @property
     def outlook_in(self) -> tuple[str, float]:

@@ -8,7 +8,7 @@ are made of logarithms.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -202,6 +202,11 @@ class Volume(Metric):
             cones = np.stack(masses, axis=1) + weights[:, None]
             values.update(self._estimates("mass", cones, record["rounding"], "mass_"))
         return values
+
+    @property
+    def loss_powers(self) -> Mapping[str, float]:
+        """None: ε is a rise of the loss as it is."""
+        return {}
 
     @property
     def outlook_in(self) -> tuple[str, float]:

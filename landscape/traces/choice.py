@@ -108,7 +108,7 @@ def choose(asked: Settings, problem: Problem, seed: int | None, *, order: int | 
         obstacle = f"it would take {columns} passes, more than max_probes = {asked.max_probes}"
     if asked.method == "exact" or (asked.method == "auto" and (order or problem.size) <= asked.max_probes):
         return Way("unit_vectors", obstacle)
-    if asked.frobenius:
+    if asked.frobenius or not problem.apart:
         return Way("shared_probes", obstacle)
     if (equal or asked.curvature == "ggn") and asked.probe_dtype == "working" and _sampled_works(problem):
         plan = Plan("ggn", outputs=1, output_examples=EXAMPLES_PER_PROBE)
@@ -145,7 +145,7 @@ def piloted(asked: Settings, problem: Problem, seed: int, way: Way) -> tuple[Way
     plan = _in_its_precision(asked, problem, chosen.plan)
     found = values.of_pilot(measured)
     if chosen.exact_ggn:
-        blocks = ggn_trace.exact(problem).blocks
+        blocks = ggn_trace.averaged(problem)
         found["exact_layer_part"] = Variable(("layer",), blocks, "1", "trace of the block of G, exact")
     name = "differences" if plan.form == "differences" else _NAMES[plan.matrix]
     return replace(way, name=name, reason=f"{way.reason}; {words}", plan=plan), found
@@ -158,6 +158,8 @@ def _columns(asked: Settings, problem: Problem, seed: int | None) -> tuple[int, 
     """Passes that per-example gradient norms take, and what stands against them; empty if nothing does."""
     if asked.frobenius:
         return 0, "the Frobenius norm needs products"
+    if not problem.apart:
+        return 0, "other processes hold a part of the model"
     if not problem.evaluator.has_outputs:
         return 0, "forward= hides the outputs"
     try:

@@ -17,22 +17,24 @@ from landscape.estimators.probes import draw, probe_gram
 from landscape.linear_maps import Maps
 from landscape.problem import Problem
 from landscape.traces.plan import Plan
-from landscape.traces.probing import Product, product_of
+from landscape.traces.probing import Product, averaged, blank_grams, product_of
 
 
 def independent(problem: Problem, maps: Maps, plan: Plan, generators: Sequence[torch.Generator]) -> Tensor:
     """Gram matrices of probes by products, one probe per generator and group, (layers, k, k)."""
-    layers, weights = torch.zeros((), device=problem.device), 0.0
     product = product_of(plan)
-    for part, weight in problem.split(plan.examples):
+
+    def drawn(part: Problem) -> Tensor:
         columns = [draw(g, maps.size, 1, dtype=part.dtype, device=part.device) for g in generators]
-        Z = torch.cat(columns, dim=1)
+        return torch.cat(columns, dim=1)
+
+    def grams(part: Problem, Z: Tensor) -> Tensor:
         image = applied(part, maps, product, Z)
-        grams = torch.stack([probe_gram(Z[a:b], image[a:b]) for a, b in maps.ranges])
-        layers = layers + weight * grams
-        weights += weight
+        return torch.stack([probe_gram(Z[a:b], image[a:b]) for a, b in maps.ranges])
+
     problem.cost.matvecs += len(generators)
-    return layers / weights
+    into = blank_grams(len(maps.ranges), problem, generators)
+    return averaged(problem, plan.examples, drawn, grams, into)
 
 
 def diagonal(problem: Problem, maps: Maps, plan: Plan, block: range) -> np.ndarray:

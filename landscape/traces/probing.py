@@ -16,6 +16,7 @@ from torch import Tensor
 
 from landscape import ggn_trace, residual
 from landscape.estimators.probes import draw, probe_gram
+from landscape.plain_passes import Autocast
 from landscape.problem import Problem
 from landscape.second_differences import quadratics
 from landscape.traces.plan import Plan
@@ -52,26 +53,63 @@ def product_of(plan: Plan) -> Product:
 
 def independent(problem: Problem, plan: Plan, generators: Sequence[torch.Generator]) -> Tensor:
     """Gram matrices of probes by products, one probe per generator and group, (layers, k, k)."""
-    layers, weights = torch.zeros((), device=problem.device), 0.0
     product = product_of(plan)
     with _precision(problem, plan) as working:
-        for part, weight in working.split(plan.examples):
-            V = drawn(part, generators)
-            layers = layers + weight * grams(part, V, product(part, V))
-            weights += weight
+        layers = averaged(
+            working, plan.examples, lambda part: drawn(part, generators),
+            lambda part, V: grams(part, V, product(part, V)), blank_grams(len(problem.names), problem, generators),
+        )  # fmt: skip
     problem.cost.matvecs += len(generators)
-    return layers / weights
+    return layers
+
+
+def blank_grams(layers: int, problem: Problem, generators: Sequence[torch.Generator]) -> Tensor:
+    """Zeros for the Gram matrices of one probe per generator, (layers, k, k)."""
+    k = len(generators)
+    return torch.zeros(layers, k, k, dtype=torch.float64, device=problem.device)
+
+
+def averaged(
+    problem: Problem,
+    examples: int,
+    draw: Callable[[Problem], Tensor],
+    measured: Callable[[Problem, Tensor], Tensor],
+    into: Tensor,
+) -> Tensor:
+    """The weighted mean over micro-batches of what is measured there at what is drawn for it.
+
+    Ranks that have divided the data all draw everything, so that streams go on alike, and measure their own.
+
+    Args:
+        problem: on all data.
+        examples: of a micro-batch.
+        draw: vectors for a micro-batch.
+        measured: a tensor, at those vectors.
+        into: zeros of its shape, float64.
+    """
+    shard = problem.shard
+
+    def add_up() -> tuple[float]:
+        weights = 0.0
+        parts = ((part, weight, draw(part)) for part, weight in problem.split(examples))
+        for part, weight, V in parts if shard is None else shard.own(parts):
+            into.add_(weight * measured(part, V))
+            weights += weight
+        return (weights,)
+
+    weights = add_up()[0] if shard is None else shard.add("a trace", add_up, into)[0]
+    return into.div_(weights)
 
 
 def differences(problem: Problem, plan: Plan, generators: Sequence[torch.Generator]) -> np.ndarray:
     """v·Av by second differences, one probe per generator and group, (k,)."""
-    found, weights = np.zeros(len(generators)), 0.0
-    for part, weight in problem.split(plan.examples):
-        V = drawn(part, generators)
-        found += weight * quadratics(part, V, residual=plan.matrix == "residual").numpy()
-        weights += weight
+    found = averaged(
+        problem, plan.examples, lambda part: drawn(part, generators),
+        lambda part, V: quadratics(part, V, residual=plan.matrix == "residual"),
+        torch.zeros(len(generators), dtype=torch.float64),
+    )  # fmt: skip
     problem.cost.values += 2 * len(generators)
-    return found / weights
+    return found.numpy()
 
 
 def output_samples(problem: Problem, plan: Plan, generators: Sequence[torch.Generator]) -> np.ndarray:
@@ -120,5 +158,5 @@ def _precision(problem: Problem, plan: Plan) -> Iterator[Problem]:
         yield problem
         return
     plain = problem.replace(kernels="none")
-    with plain.session(), torch.autocast(problem.device.type, dtype=torch.bfloat16):
+    with plain.session(), Autocast(problem.device.type, dtype=torch.bfloat16):
         yield plain
