@@ -34,6 +34,9 @@ def command(runs: tuple[Path, ...], as_json: bool, out: Path | None) -> None:
     One line for each number that any of them holds; of two runs also their difference, in standard errors
     where both have one. What differs in settings, data, precision or seed is said below.
     """
+    from landscape import reading
+
+    reading.start()  # it loads while we do
     from landscape import foreign
 
     if len(runs) < 2:

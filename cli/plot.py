@@ -34,6 +34,9 @@ def command(
 
     Several measurements of the same metric are drawn over each other, and a legend names their runs.
     """
+    from landscape import reading
+
+    reading.start()  # it loads while we do
     from landscape import plots
 
     found = [_single(measurement) for measurement in measurements]

@@ -57,6 +57,9 @@ def command(run: Path, as_json: bool) -> int:
     For each measurement: its headline with standard error, configuration, model, seed, versions, cost, and
     how much of it is done.
     """
+    from landscape import reading
+
+    reading.start()  # it loads while we do
     from landscape import foreign, results
 
     failed = 0

@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 
-from landscape import limits, scales
+from landscape import limits
 from landscape.atomic import ResultsError
 from landscape.parcel import Unpacked
 from landscape.record import FORMAT_ATTRIBUTES, NAME, Record, Variable
-from landscape.scales import Array
+
+if TYPE_CHECKING:
+    from landscape.scales import Array
 
 SCHEMA_VERSION = 1
 _NUMBERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
@@ -40,6 +41,11 @@ def encode(record: Record, hashes: Mapping[str, str]) -> bytes:
     """
     inside = {name: v for name, v in record.variables.items() if not v.sidecar}
     _check_size(record, inside)
+    # Only who writes needs libhdf5: files are read in a process of their own.
+    import h5py
+
+    from landscape import scales
+
     # libhdf5 takes two open files in memory for one if their names are equal.
     memory = h5py.File(
         f"landscape-{uuid.uuid4().hex}",
@@ -166,11 +172,15 @@ def _is_plain(value: str) -> bool:
 
 def _fixed(value: str) -> np.ndarray:
     """Return a text as HDF5 string of fixed length; h5py gives a plain `str` a variable one."""
+    import h5py
+
     raw = value.encode()
     return np.array(raw, dtype=h5py.string_dtype("utf-8", max(1, len(raw))))
 
 
 def _array(name: str, variable: Variable) -> Array:
+    from landscape.scales import Array
+
     data, dims, kind = _plain_array(name, variable)
     texts = {"units": variable.units, "long_name": variable.long_name, "dims": json.dumps(variable.dims)}
     if not all(_is_plain(value) or not value for value in texts.values()):

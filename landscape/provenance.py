@@ -17,7 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from landscape._version import __version__
@@ -66,6 +65,8 @@ def asked(directory: Path | None = None) -> Iterator[Callable[[], dict[str, Any]
 
 
 def _known(commit: str | None, dirty: bool | None) -> dict[str, Any]:
+    import h5py
+
     return {
         "landscape_version": str(__version__),
         "python_version": platform.python_version(),

@@ -18,10 +18,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from landscape import opening, parcel
+from landscape import opening
 from landscape.atomic import ResultsError, explain
 from landscape.limits import FILE_LIMIT
+
+if TYPE_CHECKING:
+    from landscape.parcel import Unpacked
 
 SECONDS = 20.0
 """Wall limit for reading one file; a file of the largest size that is allowed takes three."""
@@ -45,13 +49,16 @@ else:
 """
 
 
-def read(path: Path) -> parcel.Unpacked:
+def read(path: Path) -> Unpacked:
     """Return the contents of an HDF5 file: root attributes, and name -> (array, its attributes).
 
     Raises:
         ResultsError: if it cannot be opened, or if anything in it is damaged, too large, or of a kind that
             we do not write; also where reading it would take too much memory or time.
     """
+    start()
+    from landscape import parcel  # NumPy, while the process loads its own
+
     try:
         with opening.regular(path) as file:
             size = opening.size(file)
@@ -129,19 +136,22 @@ _lock = threading.Lock()
 
 def start() -> None:
     """Start the process now, so that it is there when the first file is to be read."""
+    with contextlib.suppress(OSError):  # reading a file says what is wrong
+        _started()
+
+
+def _started() -> _Reader:
     global _reader  # noqa: PLW0603  (one for all who ask)
     with _lock:
         if _reader is None:
             _reader = _Reader()
+        return _reader
 
 
 def _answer(file: int, limit: int) -> bytearray:
     """Hand an open file to the process and return what it says, with its last byte on how it went."""
     for attempt in range(2):
-        start()
-        reader = _reader
-        if reader is None:
-            continue
+        reader = _started()
         try:
             with _lock:
                 reader.require_ready()
@@ -171,8 +181,10 @@ def _asked(reader: _Reader, file: int, limit: int) -> bytearray:
 
 def _until_end(pipe: int, limit: int) -> bytearray:
     found, deadline = bytearray(), time.monotonic() + SECONDS + _GRACE_SECONDS
+    waiting = select.poll()  # select() knows only the first 1024 descriptors
+    waiting.register(pipe, select.POLLIN)
     while len(found) <= limit:
-        if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        if not waiting.poll(max(0.0, 1e3 * (deadline - time.monotonic()))):
             raise TimeoutError(
                 f"the process that reads it has not answered for {SECONDS + _GRACE_SECONDS:g} s"
             )

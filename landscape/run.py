@@ -159,6 +159,7 @@ def _measure(
         about = identity.of(metric, problem, seed, memory, problem.data_fingerprint())
         share.agree(about)
         identity.require_same(path, record, about)
+        foreign.require_usable(path, record, metric)
         record.attrs["configuration"] = about["configuration"]
         foreign.require_usable(path, record, metric)
         if record.attrs.get("complete") and metric.units(record) is None:
