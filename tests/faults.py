@@ -249,17 +249,17 @@ def _errors(place: Path, number: int, words: str) -> str:
     return f'told ("{words}"), old file whole; resumed, bit-identical'
 
 
-@fault("full disk (ENOSPC) at any call")
+@fault("full disk (ENOSPC), early and late")
 def no_space(place: Path) -> str:
     return _errors(place, errno.ENOSPC, "the disk is full")
 
 
-@fault("quota (EDQUOT) at any call")
+@fault("quota (EDQUOT), early and late")
 def no_quota(place: Path) -> str:
     return _errors(place, errno.EDQUOT, "quota is used up")
 
 
-@fault("input/output error (EIO) at any call")
+@fault("input/output error (EIO), early and late")
 def io_error(place: Path) -> str:
     return _errors(place, errno.EIO, "input/output error")
 
