@@ -347,9 +347,10 @@ class Team:
                 time.sleep(_LONG)
 
     def _process(self, rank: int) -> dict[str, Any]:
-        if rank not in self._who:
-            self._who[rank] = json.loads(self._read(f"who/{rank}") or "{}")
-        return self._who[rank]
+        """What a rank is known by; empty as long as it has not come."""
+        if rank not in self._who and (told := self._read(f"who/{rank}")):
+            self._who[rank] = json.loads(told)
+        return self._who.get(rank, {})
 
     def _named(self, ranks: Iterable[int]) -> str:
         told = [(rank, self._process(rank)) for rank in ranks]
