@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import every
 import numpy as np
 import pytest
 import torch
@@ -14,36 +15,9 @@ from torch import nn
 
 import landscape
 from landscape import testbeds
-from landscape.metrics import registry
 from landscape.metrics.base import evaluate
 from landscape.record import Record
 from landscape.seeds import generator
-
-# Settings that make each metric cheap; one that is registered later must be added.
-CHEAP: dict[str, dict[str, Any]] = {
-    "adaptive_spectral_norm": {"rtol": 1e-2},
-    "adaptive_trace": {"max_probes": 16},
-    "density": {"probes": 2, "steps": 6},
-    "eigenvalues": {"k": 2, "rtol": 1e-2, "vectors": True},
-    "evidence": {},
-    "fisher_rao": {},
-    "input_curvature": {},
-    "normalized_sharpness": {},
-    "path_norm": {},
-    "projected_curvature": {"planes": 3},
-    "relative_flatness": {"max_probes": 16},
-    "reparametrization": {"measures": ("trace",), "alpha": (0.5, 1.0)},
-    "robustness": {"epsilon": (0.1,), "steps": 2},
-    "sharpness": {"epsilon": (1e-3,)},
-    "spectral_norm": {"rtol": 1e-2},
-    "surface": {"points": (3, 3)},
-    "trace": {"max_probes": 32},
-    "volume": {"rays": 16},
-}
-
-
-def test_every_metric_is_here() -> None:
-    assert sorted(CHEAP) == sorted(registry.registered())
 
 
 def problem(device: torch.device | str | None = None, kind: str = "mlp") -> landscape.Problem:
@@ -67,7 +41,7 @@ def problem(device: torch.device | str | None = None, kind: str = "mlp") -> land
 
 
 def measured(name: str, device: torch.device | str | None = None, kind: str = "mlp") -> Record:
-    return evaluate(registry.registered()[name](**CHEAP[name]), problem(device, kind))
+    return evaluate(every.tiny(name), problem(device, kind))
 
 
 def compare(here: Record, there: Record, rtol: float) -> None:
@@ -83,7 +57,7 @@ def compare(here: Record, there: Record, rtol: float) -> None:
         np.testing.assert_allclose(b, a, rtol=rtol, atol=rtol * largest, err_msg=name)
 
 
-@pytest.mark.parametrize("name", sorted(CHEAP))
+@pytest.mark.parametrize("name", every.names())
 def test_a_metric_on_another_device_never_mixes_devices(name: str) -> None:
     here = measured(name)
     with second_device() as device:
@@ -143,7 +117,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", sorted(CHEAP))
+@pytest.mark.parametrize("name", every.names())
 def test_a_metric_on_a_gpu_gives_the_numbers_of_the_cpu(name: str) -> None:
     compare(measured(name), measured(name, "cuda"), 1e-6)
 
@@ -156,12 +130,12 @@ def test_other_networks_on_a_gpu(name: str, kind: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", sorted(CHEAP))
+@pytest.mark.parametrize("name", every.names())
 def test_deterministic_mode_on_a_gpu_repeats_every_bit(name: str, deterministic: None) -> None:
     compare(measured(name, "cuda"), measured(name, "cuda"), 0.0)
 
 
-@pytest.mark.parametrize("name", sorted(CHEAP))
+@pytest.mark.parametrize("name", every.names())
 def test_no_metric_needs_what_deterministic_mode_forbids(name: str, deterministic: None) -> None:
     measured(name)
 
