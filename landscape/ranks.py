@@ -177,9 +177,14 @@ class Team:
         Raises:
             RankLost: if a rank dies, stops or leaves meanwhile.
         """
-        for _ in self.watching():
+        try:
+            for _ in self.watching():
+                if (text := self._read(key)) is not None:
+                    return text
+        except RankLost:  # who left may have told this first
             if (text := self._read(key)) is not None:
                 return text
+            raise
         raise AssertionError  # watching ends only by raising
 
     def sync(self) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ T = TypeVar("T")
 _OK, _FAILED, _NOT_FINITE = 0.0, 1.0, 2.0
 _NUMBERS = 3  # that can be added up beside a tensor
 _COMPARED_EVERY = 64
+_ON_ITS_WAY = 0.5  # seconds
 # Ours tells of a rank that is gone; the group's own limit is for what that does not see.
 _GROUP_PATIENCE = 3.0
 
@@ -143,11 +145,17 @@ class Shard:
 
     def _reduce(self, tensor: Tensor, among: Any) -> None:
         work = dist.all_reduce(tensor, group=among, async_op=True)
-        for _ in self.team.watching():
-            if work is None or work.is_completed():
-                break
-        if work is not None:
-            work.wait()
+        if work is None:
+            return
+        try:
+            for _ in self.team.watching():
+                if work.is_completed():
+                    break
+        except RankLost as lost:  # who left after this sum has sent its part: it is on its way
+            time.sleep(_ON_ITS_WAY)
+            if not work.is_completed() or work.exception() is not None:
+                raise lost from None
+        work.wait()
 
 
 def _digest(content: Any) -> float:
