@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from landscape import identity, lock, parts, results, rounds
+from landscape import foreign, identity, lock, parts, results, rounds
 from landscape.errors import Refused
 from landscape.metrics import registry
 from landscape.metrics.base import Metric, finish, open_round
@@ -47,7 +47,7 @@ def merge(path: Path | str, metric: type[Metric] | None = None) -> Merged:
         ResultsError: if a file cannot be read or written.
     """
     path = Path(path)
-    with lock.held(path):
+    with lock.held(path), foreign.understood(path):
         return _merged(path, metric)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -147,6 +148,11 @@ class Problem:
         self._found: dict[str, ProductCheck] = {}
         self.shard: Shard | None = None  # where several ranks have divided the data
         self.cost = Cost()
+
+    # `help` and editors would show that of `__new__`.
+    __signature__: ClassVar[inspect.Signature] = inspect.Signature(
+        list(inspect.signature(__init__).parameters.values())[1:]
+    )
 
     # --- what is measured -------------------------------------------------------------------------
 

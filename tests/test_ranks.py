@@ -20,6 +20,7 @@ from landscape.metrics import registry
 # Cheap settings; a small memory cuts the units of every metric into several blocks.
 MEMORY = 20_000
 SETTINGS: dict[str, dict[str, Any]] = {
+    "class_structure": {"steps": 6},
     "density": {"probes": 5, "steps": 6},
     "evidence": {"curvature": "ggn"},
     "input_curvature": {},
