@@ -224,9 +224,13 @@ def _part_done(found: Any, path: Path, part: tuple[int, int]) -> str:
 
 
 def _how_to_go_on(path: Path, on: str = "") -> str:
-    from landscape import run
+    from landscape import journal
 
-    kept = f"what is done is kept in {run.kept_in(path)}" if run.kept_in(path) else "nothing was finished yet"
+    kept = (
+        f"what is done is kept in {journal.kept_in(path)}"
+        if journal.kept_in(path)
+        else "nothing was finished yet"
+    )
     return f"interrupted; {kept}; run the same command again{on} to go on"
 
 

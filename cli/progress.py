@@ -15,7 +15,7 @@ import click
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-    from landscape.run import Progress
+    from landscape.journal import Progress
 
 SECONDS_BETWEEN_LINES = 60.0
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

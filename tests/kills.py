@@ -32,7 +32,7 @@ import forks
 import torch
 
 import landscape
-from landscape import results, run
+from landscape import journal, results
 from landscape.metrics.base import Metric
 
 _PATIENCE = 60.0  # seconds after which a child hangs
@@ -72,7 +72,7 @@ class Tally:
 
 def eagerly() -> None:
     """Write after every block and every step, in this process."""
-    run._UNWRITTEN_SECONDS, run._WRITING_SHARE = 0.0, 1e9
+    journal._UNWRITTEN_SECONDS, journal._WRITING_SHARE = 0.0, 1e9
 
 
 def campaign(kills: int, seed: int, names: list[str] | None = None) -> Tally:

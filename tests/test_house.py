@@ -165,7 +165,7 @@ FLOORS = [
     {"plots.style", "plots.words"},
     {"identity"},
     {"shares"},
-    {"sharing"},
+    {"journal", "sharing"},
     {"merging"},
     {"plots.class_panels"},
     {"run", "plots", "testbeds.*", "testbeds", "training.*", "training"},

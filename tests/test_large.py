@@ -43,7 +43,7 @@ def test_the_top_eigenvalue_from_few_vectors_goes_on_where_it_was_interrupted(
     memory = 21 * 4 * problem.size  # a half of it is for the basis: 10 vectors
     told: list[str] = []
 
-    def interrupted(step: landscape.run.Progress) -> None:
+    def interrupted(step: landscape.journal.Progress) -> None:
         told.append(step.message)
         if step.message.startswith("3 products"):
             raise KeyboardInterrupt

@@ -13,7 +13,7 @@ import pytest
 from test_run import Draws, Power, same
 
 import landscape
-from landscape import metrics, parts, ranks, run
+from landscape import journal, metrics, parts, ranks
 from landscape.errors import RankLost
 from landscape.metrics import registry
 
@@ -89,7 +89,7 @@ def interrupted(after: int) -> Any:
 
 
 def test_a_run_goes_on_with_any_number_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 0.0)
+    monkeypatch.setattr(journal, "_UNWRITTEN_SECONDS", 0.0)
     metric = Draws(rounds=4)
     alone = landscape.measure(metric, jobs.problem())
 
@@ -106,7 +106,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(tmp_path: Path, monkeypatch: pyt
 
 
 def test_parts_that_killed_ranks_left_are_taken_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 0.0)
+    monkeypatch.setattr(journal, "_UNWRITTEN_SECONDS", 0.0)
     metric = Draws(rounds=3, pause=0.05)
     left = 0
     for delay in (0.5, 0.8, 1.1):

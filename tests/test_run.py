@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import landscape
-from landscape import results, run, seeds
+from landscape import journal, results, seeds
 from landscape.checks import Need
 from landscape.metrics import Trace, registry
 from landscape.metrics.base import Metric, Round, SequentialMetric, State, Values, setting
@@ -209,7 +209,7 @@ def test_interrupted_runs_end_as_uninterrupted_ones(metric: Metric, tmp_path: Pa
 def test_the_state_of_a_sequential_block_is_kept_between_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 0.0)
+    monkeypatch.setattr(journal, "_UNWRITTEN_SECONDS", 0.0)
     seen: list[int] = []
 
     @dataclass(frozen=True)
@@ -339,11 +339,11 @@ def test_a_short_measurement_is_written_once_and_a_long_one_on_the_way(
         write(path, record)
 
     monkeypatch.setattr(results, "write", counted)
-    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 60.0)
+    monkeypatch.setattr(journal, "_UNWRITTEN_SECONDS", 60.0)
     landscape.measure(Draws(), small_problem(), out=tmp_path / "short")
     assert written == [True]
     written.clear()
-    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 0.0)
+    monkeypatch.setattr(journal, "_UNWRITTEN_SECONDS", 0.0)
     landscape.measure(Draws(), small_problem(), out=tmp_path / "long")
     assert written[0] is False
     assert written[-1] is True
@@ -400,25 +400,25 @@ def test_what_comes_before_the_first_unit_is_kept_too(
         write(*arguments)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
-    assert run.kept_in(path) is None
-    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 0.0)
+    assert journal.kept_in(path) is None
+    monkeypatch.setattr(journal, "_UNWRITTEN_SECONDS", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(results, "write_state", write_and_stop)
         with pytest.raises(KeyboardInterrupt):
             landscape.measure(metric, small_problem(), out=path)
     assert not path.exists()
-    assert run.kept_in(path) == tmp_path / ".parts" / "trace.state-prepare.safetensors"
+    assert journal.kept_in(path) == tmp_path / ".parts" / "trace.state-prepare.safetensors"
     assert same(
         landscape.measure(metric, small_problem(), out=path), landscape.measure(metric, small_problem())
     )
-    assert run.kept_in(path) == path
+    assert journal.kept_in(path) == path
     assert not list((tmp_path / ".parts").iterdir())
 
 
 def test_a_state_is_of_one_demand_and_overwriting_takes_up_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 0.0)
+    monkeypatch.setattr(journal, "_UNWRITTEN_SECONDS", 0.0)
     loaded: list[bool] = []
 
     @dataclass(frozen=True)

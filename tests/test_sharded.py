@@ -17,7 +17,7 @@ from test_run import Power, same
 from torch import Tensor, nn
 
 import landscape
-from landscape import metrics, ranks, run, sharded
+from landscape import journal, metrics, ranks, sharded
 from landscape.displaced import Displaced
 from landscape.errors import RankLost, Refused
 
@@ -124,7 +124,7 @@ def test_metrics_over_divided_data(name: str, tmp_path: Path) -> None:
 
 def test_divided_data_go_on_in_the_middle_of_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks, interrupted between steps, end with the bits of two ranks that were not."""
-    monkeypatch.setattr(run, "_UNWRITTEN_SECONDS", 0.0)
+    monkeypatch.setattr(journal, "_UNWRITTEN_SECONDS", 0.0)
     metric = Power(starts=2, steps=30)
 
     class Stops(Power):
