@@ -73,9 +73,10 @@ class Reporter:
             self._draw(step)
         elif self.clock() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = self.clock()
-            total = f" of {step.total}" if step.total else ""
             note = f", {step.message}" if step.message else ""
-            say(f"{step.metric}: {step.done}{total} done{note}, {self.last_line - self.started:.0f} s")
+            say(
+                f"{step.metric}: {step.done} of {step.total} done{note}, {self.last_line - self.started:.0f} s"
+            )
 
     def close(self) -> None:
         """Take the bar away, so that what follows starts on a clean line."""

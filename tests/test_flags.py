@@ -153,13 +153,15 @@ def test_progress_is_a_line_a_minute_without_a_terminal(capsys: pytest.CaptureFi
     with progress.Reporter(terminal=False, clock=lambda: now) as reporter:
         for second in range(0, 200, 5):
             now = float(second)
-            reporter(Step("trace", second, 256 if second < 100 else None, "trace 4.2 ± 0.1"))
+            reporter(Step("trace", second, 256, "trace 4.2 ± 0.1"))
+        reporter(Step("trace", 0, None, "waiting for process 7"))
     written = capsys.readouterr()
     assert written.out == ""
     assert written.err.splitlines() == [
         "landscape: trace: 60 of 256 done, trace 4.2 ± 0.1, 60 s",
-        "landscape: trace: 120 done, trace 4.2 ± 0.1, 120 s",
-        "landscape: trace: 180 done, trace 4.2 ± 0.1, 180 s",
+        "landscape: trace: 120 of 256 done, trace 4.2 ± 0.1, 120 s",
+        "landscape: trace: 180 of 256 done, trace 4.2 ± 0.1, 180 s",
+        "landscape: trace: waiting for process 7",
     ]
 
 

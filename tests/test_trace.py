@@ -139,6 +139,9 @@ class _Dense:
             "products",
             "kernels_in_use",
             "products_in_use",
+            "apart",
+            "evaluator",
+            "shard",
         ):
             setattr(self, name, getattr(problem, name))
 
