@@ -39,7 +39,7 @@ def run(function: Callable[[int], Any], ranks: int = 2, seconds: float = 60.0) -
 def _one(function: Callable[[int], Any], rank: int, ranks: int, folder: Path) -> int:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks,
-        timeout=datetime.timedelta(seconds=20),
+        timeout=datetime.timedelta(seconds=120),
     )  # fmt: skip
     try:
         answer = ("value", function(rank))

@@ -27,7 +27,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def run(size: int, function: Callable[[int], int | None], seconds: float = 30.0) -> list[int]:
+def run(size: int, function: Callable[[int], int | None], seconds: float = 120.0) -> list[int]:
     """Fork so many ranks; each calls the function with its number. Return their exit codes, -9 where killed."""
     port = str(free_port())
 

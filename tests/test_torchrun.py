@@ -158,8 +158,8 @@ def test_a_lost_rank_ends_the_job_with_one_line(
     time.sleep(0.5)
     os.kill(pid, how)
     began = time.monotonic()
-    _, said = launcher.communicate(timeout=60)
-    assert time.monotonic() - began < 25  # 5 of silence; the rest is a busy machine
+    _, said = launcher.communicate(timeout=120)
+    assert time.monotonic() - began < 60  # 5 of silence; the rest is a busy machine
     assert launcher.returncode == 1
     lines = [line for line in said.splitlines() if line.startswith("landscape:")]
     word = "died" if how == signal.SIGKILL else "stopped: no sign of life for"
