@@ -148,6 +148,7 @@ def _signalled(place: Path, number: int) -> str:
     words = f"measure --metric adaptive_trace --curvature hessian --method hutchinson --rtol 0 --out {place}".split()
 
     def command() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
         torch.set_num_threads(1)
         kills.eagerly()
         with said.open("w") as file, redirect_stderr(file), redirect_stdout(io.StringIO()):
