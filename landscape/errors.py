@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# Exit codes of the command line that are written into a run, too: some launchers lose them.
+TOLERANCE_MISSED, INTERRUPTED = 4, 130
+
 
 class Refused(Exception):  # noqa: N818  (the contract's name)
     """A measurement that would give a wrong number, or destroy one, was not made.

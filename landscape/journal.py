@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from landscape import identity, results
+from landscape import identity, results, rounds
 from landscape._version import __version__
+from landscape.errors import INTERRUPTED
 from landscape.metrics.base import Journal, Metric, State
 from landscape.metrics.base_journal import PREPARATION
 from landscape.results import Record
@@ -26,9 +27,6 @@ from landscape.shares import Share
 _WRITING_SHARE = 0.02
 # Seconds before the first writing: a measurement that is done by then is written once.
 _UNWRITTEN_SECONDS = 0.1
-_PARTS = ".parts"  # where states of unfinished blocks lie
-# Exit codes of the command line, written into the run too: some launchers lose them.
-_TOLERANCE_MISSED, _INTERRUPTED = 4, 130
 
 
 @dataclass(frozen=True)
@@ -84,14 +82,13 @@ class FileJournal(Journal):
         """Write, where that keeps within its share of the time."""
         self.unwritten = True
         if final:
-            missed = "converged" in record and not bool(record["converged"])
-            record.attrs["exit_code"] = _TOLERANCE_MISSED if missed else 0
+            record.attrs["exit_code"] = rounds.exit_code(record)
         if self.path is not None and (final or self.spacing.due()):
             self._write(record)
 
     def keep(self, record: Record) -> None:
         """Write what is done, on the way out."""
-        record.attrs["exit_code"] = _INTERRUPTED
+        record.attrs["exit_code"] = INTERRUPTED
         # Also where all units are in the file: it does not say yet that this was an interruption.
         open_end = self.unwritten or not record.attrs["complete"]
         if self.path is not None and open_end and "block_size" in record.attrs:
@@ -135,7 +132,7 @@ class FileJournal(Journal):
 
 def _state_path(path: Path, block: range) -> Path:
     which = "prepare" if block == PREPARATION else block.start
-    return path.parent / _PARTS / f"{path.stem}.state-{which}.safetensors"
+    return path.parent / rounds.FOLDER / f"{path.stem}.state-{which}.safetensors"
 
 
 def kept_in(path: Path) -> Path | None:
@@ -152,7 +149,7 @@ def delete_states(path: Path, record: Record | None = None) -> None:
     done = record["done"] if record is not None and "done" in record else np.zeros(0, bool)
     size = 0 if record is None else int(record.attrs["block_size"])
     with contextlib.suppress(OSError):
-        for state in (path.parent / _PARTS).iterdir():
+        for state in (path.parent / rounds.FOLDER).iterdir():
             found = re.fullmatch(rf"{re.escape(path.stem)}\.state-(prepare|[0-9]+)\.safetensors", state.name)
             if found is None:
                 continue

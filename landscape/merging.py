@@ -15,7 +15,6 @@ from landscape.metrics.base import Metric, finish, open_round
 from landscape.record import Record
 
 _LISTED = 8  # part numbers, or units, that a message names one by one
-_TOLERANCE_MISSED = 4
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ def _merged(path: Path, metric: type[Metric] | None) -> Merged:
     record.attrs.update(complete=False, exit_code=None)
     if further is None:
         finish(chosen, record)
-        missed = "converged" in record and not bool(record["converged"])
-        record.attrs["exit_code"] = _TOLERANCE_MISSED if missed else 0
+        record.attrs["exit_code"] = rounds.exit_code(record)
     results.write(path, record)
     for place, _ in found:
         parts.remove(place)

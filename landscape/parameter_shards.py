@@ -150,10 +150,9 @@ class Shards:
 
     def gathered(self, number: float) -> list[float]:
         """A number of each process, in their order."""
-        held = [torch.zeros((), dtype=torch.float64) for _ in range(dist.get_world_size(self.group))]
         device = next(iter(self._own.values())).device
         given = torch.tensor(number, dtype=torch.float64, device=device)
-        held = [t.to(device) for t in held]
+        held = [torch.zeros_like(given) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(held, given, group=self.group)
         return [float(t) for t in held]
 

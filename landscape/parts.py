@@ -38,13 +38,13 @@ class Base:
 
 def path_of(path: Path, index: int, count: int) -> Path:
     """Return the file of part `index` (from 1) of `count`, beside the measurement `path`."""
-    return path.parent / ".parts" / f"{path.stem}.part-{index}-of-{count}.h5"
+    return path.parent / rounds.FOLDER / f"{path.stem}.part-{index}-of-{count}.h5"
 
 
 def paths(path: Path) -> list[Path]:
     """Return the part files that lie beside the measurement `path`, in the order of their numbers."""
     name = re.compile(re.escape(path.stem) + r"\.part-([0-9]+)-of-([0-9]+)\.h5")
-    folder = path.parent / ".parts"
+    folder = path.parent / rounds.FOLDER
     found = [(name.fullmatch(p.name), p) for p in folder.iterdir()] if folder.is_dir() else []
     numbered = [(int(match[2]), int(match[1]), p) for match, p in found if match]
     return [p for _, _, p in sorted(numbered)]

@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from landscape.errors import TOLERANCE_MISSED
 from landscape.record import Record, Variable
+
+FOLDER = ".parts"  # beside a result: states of unfinished blocks, and parts of rounds
 
 
 def first(shared: Record) -> str:
@@ -37,6 +40,11 @@ def open_blocks(record: Record) -> list[range]:
     size, stop = record.attrs["block_size"], record.attrs["stop"]
     blocks = [range(start, min(start + size, stop)) for start in range(0, stop, size)]
     return [block for block in blocks if not record["done"][block.start : block.stop].all()]
+
+
+def exit_code(record: Record) -> int:
+    """The exit code of a measurement whose rounds are all done."""
+    return TOLERANCE_MISSED if "converged" in record and not bool(record["converged"]) else 0
 
 
 def put(record: Record, name: str, like: Variable, where: slice | np.ndarray, values: np.ndarray) -> None:

@@ -47,7 +47,7 @@ class Share:
         """
         if self.path is None:
             return
-        for folder in (self.path.parent, self.path.parent / ".parts"):
+        for folder in (self.path.parent, self.path.parent / rounds.FOLDER):
             results.clean_leftovers(folder)
         results.require_writable(self.path.parent)
         if overwrite:

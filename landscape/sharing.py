@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from landscape import identity, parts, ranks, results, rounds, sharded
-from landscape.errors import RankLost, Refused
+from landscape.errors import INTERRUPTED, RankLost, Refused
 from landscape.problem import Problem
 from landscape.ranks import Team
 from landscape.record import Record
 from landscape.shares import PartShare, Share, Write, replace
 
 _DIVIDED = ("units", "data", "none")
-_INTERRUPTED = 130
 
 
 @contextlib.contextmanager
@@ -73,15 +72,12 @@ def _part(path: Path | None, part: tuple[int, int]) -> Share:
     return PartShare(path, index, count)
 
 
-class RankShare(Share):
-    """Every so many-th open block: rank 0 writes the measurement's file, the others part files that it takes in."""
+class TeamShare(Share):
+    """A rank's share."""
 
-    def __init__(self, path: Path, team: Team):
+    def __init__(self, path: Path | None, team: Team):
         super().__init__(path)
-        self.result, self.team, self.main, self.world = path, team, team.rank == 0, team.size
-        self.file = parts.path_of(path, team.rank + 1, team.size)
-        self._base: parts.Base | None = None
-        self._round = 0
+        self.team, self.main, self.world = team, team.rank == 0, team.size
 
     def begin(self, *, overwrite: bool) -> None:
         """Let rank 0 make the place ready."""
@@ -91,7 +87,27 @@ class RankShare(Share):
 
     def agree(self, about: dict[str, Any]) -> None:
         """Compare with rank 0, the metric's demands too; from here on it may write."""
-        _agree(self.team, about)
+        said = [json.loads(text) for text in self.team.exchange(json.dumps(about))]
+        for rank, other in enumerate(said):
+            found = identity.differing(said[0], other, "on rank 0", f"on rank {rank}")
+            if not found and other["configuration"] != said[0]["configuration"]:
+                found = [f"the metric's demands ({said[0]['configuration']} on rank 0)"]
+            if found:
+                raise Refused(
+                    f"rank {rank} measures something else than rank 0; different: {'; '.join(found)}. Every rank needs "
+                    "the same model and all of the data (no DistributedSampler): ranks divide the work themselves"
+                )
+
+
+class RankShare(TeamShare):
+    """Every so many-th open block: rank 0 writes the measurement's file, the others part files that it takes in."""
+
+    def __init__(self, path: Path, team: Team):
+        super().__init__(path, team)
+        self.result = path
+        self.file = parts.path_of(path, team.rank + 1, team.size)
+        self._base: parts.Base | None = None
+        self._round = 0
 
     def prepare(self, record: Record, make: Callable[[], None], write: Write) -> None:
         """Let rank 0 prepare."""
@@ -152,12 +168,11 @@ class RankShare(Share):
                 return
 
 
-class DataShare(Share):
+class DataShare(TeamShare):
     """All units, of a part of the data: every rank comes to the same numbers, rank 0 writes them."""
 
     def __init__(self, path: Path | None, team: Team, groups: contextlib.ExitStack):
-        super().__init__(path)
-        self.team, self.main, self.world = team, team.rank == 0, team.size
+        super().__init__(path, team)
         self.writes, self._groups = self.main, groups
 
     def divided(self, problem: Problem) -> Problem:
@@ -167,16 +182,6 @@ class DataShare(Share):
         mine = problem.replace()
         mine.shard = self._groups.enter_context(sharded.group(self.team, problem.device))
         return mine
-
-    def begin(self, *, overwrite: bool) -> None:
-        """Let rank 0 make the place ready."""
-        if self.main:
-            super().begin(overwrite=overwrite)
-        self.team.sync()
-
-    def agree(self, about: dict[str, Any]) -> None:
-        """Compare with rank 0; from here on it may write."""
-        _agree(self.team, about)
 
     def deal(self, record: Record, write: Write) -> Sequence[range]:
         """Take in what units over ranks left: each reads it, then rank 0 writes."""
@@ -199,24 +204,11 @@ class DataShare(Share):
         self.team.sync()
 
 
-def _agree(team: Team, about: dict[str, Any]) -> None:
-    said = [json.loads(text) for text in team.exchange(json.dumps(about))]
-    for rank, other in enumerate(said):
-        found = identity.differing(said[0], other, "on rank 0", f"on rank {rank}")
-        if not found and other["configuration"] != said[0]["configuration"]:
-            found = [f"the metric's demands ({said[0]['configuration']} on rank 0)"]
-        if found:
-            raise Refused(
-                f"rank {rank} measures something else than rank 0; different: {'; '.join(found)}. Every rank needs "
-                "the same model and all of the data (no DistributedSampler): ranks divide the work themselves"
-            )
-
-
 def _stand_in(path: Path | None, team: Team, lost: RankLost) -> None:
     """Say in the file how it ended, where rank 0 is lost: the first of those that are left."""
     if path is None or 0 not in lost.ranks or not path.exists():
         return
     if team.rank == min(rank for rank in range(team.size) if rank not in lost.ranks):
         record = results.read(path)
-        record.attrs["exit_code"] = _INTERRUPTED
+        record.attrs["exit_code"] = INTERRUPTED
         results.write(path, record)

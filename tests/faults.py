@@ -532,9 +532,8 @@ def damaged_file(place: Path) -> str:
     return f"{refused} refused and left alone, {same} harmless"
 
 
-@fault("damaged state of an unfinished unit")
-def damaged_state(place: Path) -> str:
-    path = place / "sharpness.h5"
+def interrupted(path: Path) -> None:
+    """Let the process that measures end without a trace in the middle of a writing."""
 
     def work() -> int:
         with broken("replace", 12, lambda: os._exit(_CRASHED)):
@@ -542,6 +541,12 @@ def damaged_state(place: Path) -> str:
         return 0
 
     expect(in_child(work) == _CRASHED, "it was not interrupted")
+
+
+@fault("damaged state of an unfinished unit")
+def damaged_state(place: Path) -> str:
+    path = place / "sharpness.h5"
+    interrupted(path)
     states = list((place / ".parts").glob("*.state-*"))
     expect(bool(states), "there is no state")
     for state in states:
@@ -569,13 +574,7 @@ def damaged_sidecar(place: Path) -> str:
 @fault("temporary files of killed runs")
 def leftovers(place: Path) -> str:
     path = place / "sharpness.h5"
-
-    def work() -> int:
-        with broken("replace", 12, lambda: os._exit(_CRASHED)):
-            measured(path)
-        return 0
-
-    expect(in_child(work) == _CRASHED, "it was not interrupted")
+    interrupted(path)
     expect(any(p.name.endswith(".tmp") for p in place.rglob("*")), "nothing was left")
     still_good(path)
     return "never read, deleted at the next start"

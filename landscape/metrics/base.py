@@ -274,10 +274,16 @@ class SequentialMetric(Metric):
         journal: Journal,
     ) -> Values:
         """Run a block from its saved state, or from its start, to its end."""
+        multiplied = self.multiplied(problem, shared)
         with contextlib.ExitStack() as stack:
-            if self.keeps_graphs and graphs_fit(problem, shared.attrs.get("memory", MEMORY)):
-                stack.enter_context(problem.keeping_graphs())
+            stack.enter_context(multiplied.session())
+            if self.keeps_graphs and graphs_fit(multiplied, shared.attrs.get("memory", MEMORY)):
+                stack.enter_context(multiplied.keeping_graphs())
             return self._run(problem, shared, block, generators, journal)
+
+    def multiplied(self, problem: Problem, shared: Record) -> Problem:  # noqa: ARG002
+        """The problem whose products a block makes: held in its mode meanwhile, its graphs kept where they fit."""
+        return problem
 
     def _run(
         self,

@@ -6,7 +6,6 @@ G2: C, C and C (C - 2) directions), and the scatter of the examples about them (
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from landscape.class_structure.work import Limits, Task, Work
 from landscape.errors import Refused
 from landscape.estimators import lanczos
 from landscape.memory import in_words
-from landscape.metrics.base import Journal, Round, SequentialMetric, State, Values, graphs_fit, setting
+from landscape.metrics.base import Round, SequentialMetric, State, Values, setting
 from landscape.operators import Operator
 from landscape.problem import Problem
 from landscape.results import Record, Variable
@@ -58,7 +57,6 @@ class ClassStructure(SequentialMetric):
     listed: ClassVar[tuple[str, ...]] = (
         "eigenvalues_hessian", "eigenvalues_G", "share_G", "share_G1", "made_by",
     )  # fmt: skip
-    keeps_graphs: ClassVar[bool] = False  # those of the problem; its class-balanced twin's are kept here
 
     weighting: Literal["2019", "2020"] = setting(
         "2019", "of the outputs c' of a class: alike, or by probability"
@@ -169,21 +167,9 @@ class ClassStructure(SequentialMetric):
         except ValueError as error:
             raise Refused(str(error)) from error
 
-    def run_block(
-        self,
-        problem: Problem,
-        shared: Record,
-        block: range,
-        generators: Sequence[torch.Generator],
-        journal: Journal,
-    ) -> Values:
-        """Run a block with the class-balanced problem held in its mode, and its graphs kept where they fit."""
-        twin = self._source(problem, shared).problem
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(twin.session())
-            if graphs_fit(twin, shared.attrs["memory"]):
-                stack.enter_context(twin.keeping_graphs())
-            return super().run_block(problem, shared, block, generators, journal)
+    def multiplied(self, problem: Problem, shared: Record) -> Problem:
+        """The class-balanced problem."""
+        return self._source(problem, shared).problem
 
     def start(
         self,
