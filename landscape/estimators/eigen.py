@@ -227,11 +227,11 @@ class Lanczos:
         Raises:
             ValueError: if the product is not finite or shows that A is not symmetric.
         """
-        idle = self._settled(state) or not len(state.pending)
+        idle = self._settled(state) or not state.pending
         fresh = int(idle and not state.full and not self._growing(state))
         # All chains go on, not the new one alone: rounding turns the ends of the others towards further
         # copies once their space is nearly invariant, and the new one is orthogonal to them.
-        growing = len(state.pending) + fresh
+        growing = state.pending + fresh
         if min(self.n, state.rows + fresh + growing) > self.capacity:
             state.restart(self._kept(state, growing))
         if fresh:
@@ -241,7 +241,7 @@ class Lanczos:
 
     def result(self, state: Krylov) -> EigenResult | None:
         """Return the pairs, or None while it has to go on."""
-        everything = state.full and not len(state.pending)
+        everything = state.full and not state.pending
         done = self._settled(state) and (not self.copies or self._complete(state))
         if not (done or everything or state.matvecs >= self.max_matvecs):
             return None
@@ -280,7 +280,7 @@ class Lanczos:
 
     def _settled(self, state: Krylov) -> bool:
         """Whether more products would not lower the residual of a wanted pair that is still too large."""
-        if state.expanded.sum() < self.wanted:
+        if state.expanded < self.wanted:
             return False
         ritz, chosen = state.ritz(), self._chosen(state)
         return bool((ritz.residuals[chosen] <= self._allowed(state, ritz.values[chosen])).all())
@@ -289,7 +289,7 @@ class Lanczos:
 
     def _growing(self, state: Krylov) -> bool:
         """Whether the last chain has not gone as far as the first ones had when it began."""
-        return bool(len(state.pending)) and state.steps < max(state.goal, self.least_depth)
+        return bool(state.pending) and state.steps < max(state.goal, self.least_depth)
 
     def _complete(self, state: Krylov) -> bool:
         """Whether there are more random chains, fully grown, than copies of an eigenvalue that matters."""
@@ -301,7 +301,7 @@ class Lanczos:
 
     def _kept(self, state: Krylov, growing: int) -> NDArray[np.intp]:
         """Return the Ritz pairs that survive a restart: those wanted, and the next ones to them."""
-        count = int(state.expanded.sum())
+        count = state.expanded
         room = self.capacity - 2 * growing
         if room < self.wanted:
             raise ValueError(

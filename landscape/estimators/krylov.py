@@ -1,7 +1,7 @@
 """A Krylov space that is built vector by vector, with full reorthogonalisation; the state of `eigsh`.
 
-The space holds orthonormal vectors q_r. Of some, the *expanded* ones V, the product is known:
-A q_i = Σ_r G_ri q_r, a sum over all vectors of the space. The others, P, are *pending*: the ends of chains,
+The space holds orthonormal vectors q_r. Of the first ones, the *expanded* V, the product is known:
+A q_i = Σ_r G_ri q_r, a sum over all vectors of the space. The last ones, P, are *pending*: the ends of chains,
 each the normalised rest of the last product of its chain. So A V = V T + P B with T and B parts of G, which
 is Lanczos with one chain, block Lanczos with several, and thick-restart Lanczos after `restart`; a random
 vector can be taken up as a new chain at any time, since A V has no component along it.
@@ -54,7 +54,7 @@ class Krylov:
     Attributes:
         vectors: the vectors q_r as rows, shape (capacity, n); the first `rows` are in use.
         G: q_rᵀ A q_i where known, symmetric, shape (rows, rows).
-        expanded: which vectors have been multiplied by A, shape (rows,).
+        expanded: how many vectors, the first ones, have been multiplied by A.
         norm: the largest ‖A q‖ seen, a lower bound of ‖A‖.
         rounding: the largest error of a product that showed: ‖q_rᵀ A q_i - q_iᵀ A q_r‖ over expanded r, or a rest
             too small to begin a vector.
@@ -67,7 +67,7 @@ class Krylov:
 
     vectors: Tensor
     G: Array = field(default_factory=lambda: np.zeros((0, 0)))
-    expanded: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    expanded: int = 0
     norm: float = 0.0
     rounding: float = 0.0
     matvecs: int = 0
@@ -85,12 +85,12 @@ class Krylov:
     @property
     def rows(self) -> int:
         """Vectors in use."""
-        return len(self.expanded)
+        return len(self.G)
 
     @property
-    def pending(self) -> NDArray[np.intp]:
-        """Indices of the vectors that wait for their product."""
-        return np.flatnonzero(~self.expanded)
+    def pending(self) -> int:
+        """How many vectors, the last ones, wait for their product."""
+        return self.rows - self.expanded
 
     @property
     def full(self) -> bool:
@@ -125,7 +125,7 @@ class Krylov:
             normal = draw(generator(seed, name, self.draws), n, 1, "gaussian", device=self.vectors.device)
             self.draws += 1
             begun = self._begin(normal[:, 0])
-        if self.expanded.any():
+        if self.expanded:
             self.goal = self.goal or self.steps
         self.chains, self.steps = self.chains + 1, 0
 
@@ -135,25 +135,28 @@ class Krylov:
         Raises:
             ValueError: if a product is not finite, or shows that A is not symmetric.
         """
-        columns, before = self.pending, self.rows
-        X = product(A, self.vectors[torch.as_tensor(columns)])
-        self.matvecs += len(columns)
+        before, pending = self.rows, slice(self.expanded, self.rows)
+        X = product(A, self.vectors[pending])
+        self.matvecs += len(X)
         self.steps += 1
         self.norm = max(self.norm, *_lengths(X))
         negligible = _ROUNDING * torch.finfo(A.dtype).eps * self.norm
-        C = np.zeros((before + len(columns), len(columns)))
-        C[:before] = self._project(X)
+        C = np.zeros((before + len(X), len(X)))
+        # First along the few vectors from the first that Lanczos couples to these: what one pass over all then
+        # finds is small, so that no second one is needed.
+        near = min([self.expanded, *np.flatnonzero(self.G[:, pending].any(axis=1))])
+        C[near:before] = self._project(X, near)
         lengths = _lengths(X)
-        for i in range(len(columns)):
-            c, rest = self._orthogonalise(X[i], lengths[i], negligible)
+        C[:before] += self._project(X)
+        for i in range(len(X)):
+            c, rest = self._orthogonalise(X[i], lengths[i], negligible, since=before)
             C[: len(c), i] += c
             if rest > negligible and not self.full:
                 C[self.rows, i] = rest
                 self._append(X[i].div_(rest))
             else:
                 self.rounding = max(self.rounding, rest)
-        self._learn(columns, C[: self.rows], before)
-        self.expanded[columns] = True
+        self._learn(C[: self.rows], pending)
         if self.rounding > max(_SYMMETRIC, 100 * torch.finfo(A.dtype).eps) * self.norm:
             raise ValueError(
                 f"the operator is not symmetric: u·Av and v·Au differ by {self.rounding / self.norm:.1e} of its "
@@ -161,16 +164,16 @@ class Krylov:
                 "make the products deterministic, or pass (A + Aᵀ)/2"
             )
 
-    def _learn(self, columns: NDArray[np.intp], C: Array, before: int) -> None:
+    def _learn(self, C: Array, columns: slice) -> None:
         """Enter the products' components; those with expanded vectors were known, from symmetry."""
-        known = np.flatnonzero(self.expanded[:before])
-        if len(known):
-            defect = C[known] - self.G[np.ix_(known, columns)]
+        if self.expanded:
+            defect = C[: self.expanded] - self.G[: self.expanded, columns]
             self.rounding = max(self.rounding, float(np.sqrt((defect**2).sum(axis=0)).max()))
-        C[known] = self.G[np.ix_(known, columns)]
+        C[: self.expanded] = self.G[: self.expanded, columns]
         C[columns] = (C[columns] + C[columns].T) / 2
         self.G[:, columns] = C
         self.G[columns, :] = C.T
+        self.expanded = columns.stop
         self._ritz = None
 
     def _append(self, unit: Tensor) -> None:
@@ -178,30 +181,43 @@ class Krylov:
         G = np.zeros((self.rows + 1, self.rows + 1))
         G[:-1, :-1] = self.G
         self.G = G
-        self.expanded = np.append(self.expanded, False)
         self._ritz = None
 
-    def _orthogonalise(self, x: Tensor, length: float, negligible: float = 0.0) -> tuple[Array, float]:
+    def _orthogonalise(
+        self, x: Tensor, length: float, negligible: float = 0.0, since: int = 0
+    ) -> tuple[Array, float]:
         """Take the space out of x, in place, until nothing more of it is found; return what and the rest.
 
         After a pass that removes little, x is orthogonal to rounding (Daniel, Gragg, Kaufman, Stewart 1976).
+
+        Args:
+            x: a vector.
+            length: its norm; where the first `since` vectors have been taken out already, its norm before.
+            negligible: a length at which to stop.
+            since: the vectors that need not be taken out again, unless much was found.
         """
         total = np.zeros(self.rows)
         for _ in range(4):
-            total += self._project(x[None])[:, 0]
+            if since < self.rows:
+                total[since:] += self._project(x[None], since)[:, 0]
             rest = float(torch.linalg.vector_norm(x))
             if rest > 0.7 * length or rest <= negligible:
                 break
-            length = rest
+            length, since = rest, 0
         return total, rest
 
-    def _project(self, X: Tensor) -> Array:
-        """Take the space out of the rows of X, in place; return the coefficients, shape (rows, len(X))."""
-        total = torch.zeros(self.rows, len(X), dtype=torch.float64, device=X.device)
+    def _project(self, X: Tensor, since: int = 0) -> Array:
+        """Take the vectors from the one numbered `since` out of the rows of X, in place; return the coefficients.
+
+        Returns:
+            Of shape (rows - since, len(X)).
+        """
+        chosen = slice(since, self.rows)
+        total = torch.zeros(self.rows - since, len(X), dtype=torch.float64, device=X.device)
         for part in self._pieces():
-            total += self.vectors[: self.rows, part].double() @ X[:, part].T
+            total += self.vectors[chosen, part].double() @ X[:, part].T
         for part in self._pieces():
-            X[:, part].addmm_(total.T, self.vectors[: self.rows, part].double(), alpha=-1.0)
+            X[:, part].addmm_(total.T, self.vectors[chosen, part].double(), alpha=-1.0)
         return np.asarray(total.cpu())
 
     def _pieces(self) -> Iterator[slice]:
@@ -215,12 +231,11 @@ class Krylov:
     def ritz(self) -> Ritz:
         """Solve the small eigenproblem of T = Vᵀ A V."""
         if self._ritz is None:
-            known = np.flatnonzero(self.expanded)
-            T = self.G[np.ix_(known, known)]
+            T = self.G[: self.expanded, : self.expanded]
             # Divided by a power of two: what is scaled by one gives the same bits, and nothing underflows.
             scale = 2.0 ** np.frexp(np.abs(T).max(initial=0.0) or 1.0)[1]
             values, S = np.linalg.eigh(T / scale)
-            self._ritz = Ritz(values * scale, S, self.G[np.ix_(self.pending, known)] @ S)
+            self._ritz = Ritz(values * scale, S, self.G[self.expanded :, : self.expanded] @ S)
         return self._ritz
 
     def words(self) -> str:
@@ -231,29 +246,25 @@ class Krylov:
 
     def combine(self, S: Array, dtype: torch.dtype) -> Tensor:
         """Return the vectors V S as columns, shape (n, S.shape[1])."""
-        known = torch.as_tensor(np.flatnonzero(self.expanded))
         weights = torch.from_numpy(np.ascontiguousarray(S.T)).to(self.vectors.device)
         out = torch.empty(self.vectors.shape[1], S.shape[1], dtype=dtype, device=self.vectors.device)
         for part in self._pieces():
-            out[part] = (weights @ self.vectors[: self.rows, part][known].double()).T.to(dtype)
+            out[part] = (weights @ self.vectors[: self.expanded, part].double()).T.to(dtype)
         return out
 
     def restart(self, keep: NDArray[np.intp]) -> None:
         """Keep these Ritz vectors and the pending vectors only (Wu, Simon 2000, doi:10.1137/S0895479898334605)."""
-        ritz, pending = self.ritz(), self.pending
-        S, count = ritz.S[:, keep], len(keep)
-        known, ends = torch.as_tensor(np.flatnonzero(self.expanded)), torch.as_tensor(pending)
-        weights = torch.from_numpy(np.ascontiguousarray(S.T)).to(self.vectors.device)
+        ritz, count, rows = self.ritz(), len(keep), len(keep) + self.pending
+        weights = torch.from_numpy(np.ascontiguousarray(ritz.S[:, keep].T)).to(self.vectors.device)
         for part in self._pieces():
             block = self.vectors[: self.rows, part].clone()
-            self.vectors[:count, part] = (weights @ block[known].double()).to(block.dtype)
-            self.vectors[count : count + len(pending), part] = block[ends]
-        rows = count + len(pending)
+            self.vectors[:count, part] = (weights @ block[: self.expanded].double()).to(block.dtype)
+            self.vectors[count:rows, part] = block[self.expanded :]
         self.G = np.zeros((rows, rows))
         self.G[range(count), range(count)] = ritz.values[keep]
         self.G[count:, :count] = ritz.coupling[:, keep]
         self.G[:count, count:] = ritz.coupling[:, keep].T
-        self.expanded = np.arange(rows) < count
+        self.expanded = count
         self._ritz = None
 
     # --- storing ------------------------------------------------------------------------------------
