@@ -7,7 +7,6 @@ needs gradients only, is always made by autodiff.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -172,7 +171,7 @@ def output_differences(problem: Problem, piece: Any, v: Tensor, step: float | No
 def _by_autodiff(
     problem: Problem, V: Tensor, matrix: str, graph: Callable[[Any, list[Tensor]], products.Graph]
 ) -> Tensor:
-    from landscape.kernels import active  # not every measurement makes products
+    from landscape import kernels  # not every measurement makes products
 
     rows = vectors.aligned_pieces(V.to(problem.device, problem.dtype), problem.space)
     kept = problem.kept_graphs(matrix)
@@ -181,18 +180,25 @@ def _by_autodiff(
     def made(piece: Any) -> Made:
         index = next(position)
         found = None if kept is None else kept.get(index)
+        if found is not None and not found.reruns:
+            yield from found.products(rows, keep=True)
+            return
         leaves = problem.leaves() if found is None else found.parameters
         # Filled while products are made, too: activation checkpointing runs the model again.
-        with problem.filled(leaves):
+        with problem.evaluator.unfused(), problem.filled(leaves):
             if found is None:
-                found = graph(piece, leaves)
+                with problem.evaluator.twice_differentiable(), kernels.active(problem.kernels):
+                    found = graph(piece, leaves)
+            making = found.products(rows, keep=kept is not None)
             if kept is not None:
                 kept[index] = found
-            yield from found.products(rows, keep=kept is not None)
+                with products.Watch() as watch:
+                    first = [next(making)]
+                found.reruns = watch.called or problem.device.type != "cpu"
+                yield first.pop()  # so that it is not held here, too
+            yield from making
 
-    with problem.session(), contextlib.ExitStack() as stack:
-        stack.enter_context(problem.evaluator.twice_differentiable())
-        stack.enter_context(active(problem.kernels))
+    with problem.session(), kernels.multiplying(problem.kernels):
         total = _mean(problem, len(rows), made, _Summed(f"the {matrix} product", of=lambda: V))
     return _shaped_like(V, total)
 
@@ -278,8 +284,12 @@ def _add(
     """Add `scale` times the parts to the flat total, and take each out of the list, so that it is freed."""
     for i, (start, stop) in enumerate(space.ranges.values()):
         part, parts[i] = parts[i], None
-        into = total[start:stop].zero_() if first else total[start:stop]
-        if part is not None:
+        into = total[start:stop]
+        if part is None:
+            into.zero_() if first else None
+        elif first:
+            into.copy_(part.detach().reshape(-1)).mul_(scale)
+        else:
             into.add_(part.detach().reshape(-1), alpha=scale)
 
 

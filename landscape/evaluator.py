@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from landscape import allocator, guard, losses
 from landscape import batches as batching
-from landscape import guard, losses
 from landscape.errors import Refused
 from landscape.plain_passes import plain
 
@@ -69,6 +70,7 @@ class Evaluator:
         if self._open:
             yield
             return
+        allocator.keep_freed_memory()
         with (
             guard.restored(self._holder, self._training),
             plain(self.device, autocast=self.dtype.itemsize < 4, met=self._note_autocast),
@@ -86,8 +88,12 @@ class Evaluator:
     @contextmanager
     def twice_differentiable(self) -> Iterator[None]:
         """Use only kernels that have a second derivative."""
-        with guard.twice_differentiable(self.device.type == "cuda" and self.slots.recurrent):
+        with self.unfused(), guard.PlainBinaryCrossEntropy():
             yield
+
+    def unfused(self) -> contextlib.AbstractContextManager[None]:
+        """The part of this that holds while a graph is run through, too, where calls are answered no longer."""
+        return guard.unfused(self.device.type == "cuda" and self.slots.recurrent)
 
     @contextmanager
     def filled(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:

@@ -88,15 +88,14 @@ def restored(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def twice_differentiable(recurrent_on_gpu: bool) -> Iterator[None]:
-    """Use only kernels with a second derivative.
+def unfused(recurrent_on_gpu: bool) -> Iterator[None]:
+    """Use no fused layer that lacks a second derivative.
 
-    Fused attention has none (also PyTorch's own for the CPU), nor have cuDNN's recurrent layers and
-    the fused path of `nn.TransformerEncoderLayer`.
+    Fused attention lacks it (also PyTorch's own for the CPU), so do cuDNN's recurrent layers and the fused
+    path of `nn.TransformerEncoderLayer`.
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_PlainBinaryCrossEntropy())
         if recurrent_on_gpu:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         fast = torch.backends.mha.get_fastpath_enabled()
@@ -107,7 +106,7 @@ def twice_differentiable(recurrent_on_gpu: bool) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast)
 
 
-class _PlainBinaryCrossEntropy(TorchFunctionMode):
+class PlainBinaryCrossEntropy(TorchFunctionMode):
     """Answers binary cross-entropy of probabilities by its formula.
 
     PyTorch's own second derivative adds 1e-12 to p(1 - p), which shows in float64.

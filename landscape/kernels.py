@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -73,11 +73,14 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
 @contextmanager
 def active(kernels: Kernels) -> Iterator[None]:
     """Make products with these switches; afterwards, also after an exception, all is as before."""
-    with ExitStack() as stack:
-        if kernels.matmul != "default":
-            stack.enter_context(matmul.precision_set(kernels.matmul))
-        if kernels != NONE:
-            stack.enter_context(_Routing(kernels))
+    with multiplying(kernels), _Routing(kernels) if kernels != NONE else nullcontext():
+        yield
+
+
+@contextmanager
+def multiplying(kernels: Kernels) -> Iterator[None]:
+    """The same for what calls no model: products of graphs that are there already."""
+    with matmul.precision_set(kernels.matmul) if kernels.matmul != "default" else nullcontext():
         yield
 
 

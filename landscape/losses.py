@@ -141,9 +141,10 @@ def _count_indexed(target: Tensor, ignore_index: int, weight: Tensor | None) -> 
         target.is_floating_point()
     ):  # class probabilities: every position counts once, class weights do not divide
         return float(target.numel() // target.shape[1 if target.ndim > 1 else 0])
-    valid = target[target != ignore_index]
+    wanted = target != ignore_index
     if weight is None:
-        return float(valid.numel())
+        return float(wanted.count_nonzero())
+    valid = target[wanted]
     return float(weight.to(device=valid.device).double()[valid].sum())
 
 

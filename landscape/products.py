@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
 
 from landscape.batches import tensors, tree_map
 from landscape.convolution import linear_pullbacks
@@ -21,6 +22,7 @@ from landscape.convolution import linear_pullbacks
 Pieces = Sequence[Tensor]
 Optional = Sequence[Tensor | None]
 Edges = Sequence[GradientEdge | None]
+Places = Sequence[GradientEdge]
 
 
 def gradient(loss: Tensor, parameters: Pieces) -> Optional:
@@ -31,10 +33,17 @@ def gradient(loss: Tensor, parameters: Pieces) -> Optional:
 
 
 class HessianGraph:
-    """∇L of a micro-batch with a graph, from which any number of products H v, H = ∇²L, can be made."""
+    """∇L of a micro-batch with a graph, from which any number of products H v, H = ∇²L, can be made.
+
+    Attributes:
+        parameters: with respect to which.
+        reruns: whether a product runs parts of the model again; True also where that is not known.
+    """
+
+    reruns = True
 
     def __init__(self, loss: Tensor, parameters: list[Tensor]):
-        self.parameters, self._first = parameters, None
+        self.parameters, self._inputs, self._first = parameters, _places(parameters), None
         if loss.requires_grad:
             self._first = _edges(torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True))
 
@@ -43,7 +52,7 @@ class HessianGraph:
         if self._first is None:
             yield from ([None] * len(self.parameters) for _ in rows)
             return
-        yield from _vector_jacobian(self._first, self.parameters, rows, retain=keep)
+        yield from _vector_jacobian(self._first, self._inputs, rows, retain=keep)
 
 
 class JacobianGraph:
@@ -51,19 +60,25 @@ class JacobianGraph:
 
     J v is the derivative of Jᵀu with respect to u, a reverse pass through the reverse pass; so its graph
     is built once for all vectors.
+
+    Attributes:
+        parameters: as of a `HessianGraph`.
+        reruns: as of a `HessianGraph`.
     """
 
+    reruns = True
+
     def __init__(self, outputs: Any, parameters: list[Tensor]):
-        self.parameters = parameters
-        self._leaves = [t for t in tensors(outputs) if t.requires_grad]
-        if not self._leaves:
+        self.parameters, self._inputs = parameters, _places(parameters)
+        leaves = [t for t in tensors(outputs) if t.requires_grad]
+        self._leaves = _places(leaves)
+        if not leaves:
             return
-        self._dummies = [torch.zeros_like(f, requires_grad=True) for f in self._leaves]
+        self._dummies = [torch.zeros_like(f, requires_grad=True) for f in leaves]
+        self._at = _places(self._dummies)
         with linear_pullbacks():
             self._pulled = _edges(
-                torch.autograd.grad(
-                    self._leaves, parameters, self._dummies, create_graph=True, allow_unused=True
-                )
+                torch.autograd.grad(leaves, parameters, self._dummies, create_graph=True, allow_unused=True)
             )
 
     def pushed(self, row: Pieces) -> Pieces:
@@ -71,9 +86,8 @@ class JacobianGraph:
         if not self._leaves:
             return []
         used, pieces = _used(self._pulled, row)
-        return torch.autograd.grad(
-            used, self._dummies, pieces, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+        found = torch.autograd.grad(used, self._at, pieces, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(f) if t is None else t for f, t in zip(self._dummies, found, strict=True)]
 
 
 class GgnGraph(JacobianGraph):
@@ -91,10 +105,20 @@ class GgnGraph(JacobianGraph):
                 yield [None] * len(self.parameters)
                 continue
             bent = next(_vector_jacobian(self._slopes, self._detached, [self.pushed(row)], retain=True))
-            yield _pulled(self._leaves, self.parameters, bent, retain=True)
+            yield _pulled(self._leaves, self._inputs, bent, retain=True)
 
 
 Graph = HessianGraph | GgnGraph
+
+
+class Watch(TorchFunctionMode):
+    """Tells whether anything was `called` from within passes through a graph: a part of the model, by a checkpoint."""
+
+    called = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called = self.called or torch._C._current_graph_task_id() >= 0
+        return func(*args, **(kwargs or {}))
 
 
 class KeptGraphs:
@@ -119,10 +143,11 @@ def pullback(outputs: Any, loss: Callable[[Any], Tensor], parameters: Pieces, pu
     if not leaves:
         return [None] * len(parameters)
     detached, slopes = _output_slopes(outputs, loss)
-    return _pulled(leaves, parameters, next(_vector_jacobian(slopes, detached, [pushed])), retain=False)
+    bent = next(_vector_jacobian(slopes, detached, [pushed]))
+    return _pulled(_places(leaves), _places(parameters), bent, retain=False)
 
 
-def _pulled(leaves: Pieces, parameters: Pieces, bent: Optional, retain: bool) -> Optional:
+def _pulled(leaves: Places, parameters: Places, bent: Optional, retain: bool) -> Optional:
     known = [(f, b) for f, b in zip(leaves, bent, strict=True) if b is not None]
     if not known:
         return [None] * len(parameters)
@@ -130,8 +155,8 @@ def _pulled(leaves: Pieces, parameters: Pieces, bent: Optional, retain: bool) ->
     return torch.autograd.grad(heads, parameters, tails, retain_graph=retain, allow_unused=True)
 
 
-def _output_slopes(outputs: Any, loss: Callable[[Any], Tensor]) -> tuple[list[Tensor], Edges]:
-    """∂ℓ/∂f with a graph, at outputs cut off from the parameters."""
+def _output_slopes(outputs: Any, loss: Callable[[Any], Tensor]) -> tuple[Places, Edges]:
+    """Outputs cut off from the parameters, and ∂ℓ/∂f there, both by their place in the graph."""
     detached: list[Tensor] = []
 
     def cut_off(t: Tensor) -> Tensor:
@@ -141,7 +166,8 @@ def _output_slopes(outputs: Any, loss: Callable[[Any], Tensor]) -> tuple[list[Te
         return detached[-1]
 
     value = loss(tree_map(cut_off, outputs))
-    return detached, _edges(torch.autograd.grad(value, detached, create_graph=True, allow_unused=True))
+    slopes = torch.autograd.grad(value, detached, create_graph=True, allow_unused=True)
+    return _places(detached), _edges(slopes)
 
 
 def _edges(first: Optional) -> Edges:
@@ -153,8 +179,17 @@ def _edges(first: Optional) -> Edges:
     return [None if g is None or not g.requires_grad else get_gradient_edge(g) for g in first]
 
 
+def _places(leaves: Pieces) -> Places:
+    """The places in the graph of tensors that require grad.
+
+    A pass from places to places is not a call that a mode of PyTorch sees, so that a mode, such as `Watch`, is
+    there for what is called within it.
+    """
+    return [get_gradient_edge(t) for t in leaves]
+
+
 def _vector_jacobian(
-    first: Edges, parameters: Pieces, rows: Sequence[Pieces], retain: bool = False
+    first: Edges, parameters: Places, rows: Sequence[Pieces], retain: bool = False
 ) -> Iterator[Optional]:
     """Differentiate ⟨first, v⟩ for each v of `rows`, with one graph."""
     for position, row in enumerate(rows):

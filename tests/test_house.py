@@ -19,6 +19,7 @@ PACKAGE = ROOT / "landscape"
 FLOORS = [
     {"_version", "errors", "limits"},
     {
+        "allocator",
         "atomic",
         "foreign",
         "opening",

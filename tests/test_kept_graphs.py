@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cases
 import pytest
 import torch
@@ -31,6 +33,63 @@ def test_products_are_the_same_bit_for_bit(case: cases.Case, kind: str) -> None:
             assert torch.equal(product(V[:, 1]), once[:, 1])
         assert len(problem.kept_graphs(kind) or {}) == len(list(problem.evaluator.pieces(problem.batches)))
     assert problem.kept_graphs(kind) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_runs_the_model_again_is_known(case: cases.Case, kind: str) -> None:
+    problem = landscape.Problem(**case.arguments())
+    with problem.session(), problem.keeping_graphs():
+        getattr(problem, KINDS[kind])(torch.ones(problem.size, dtype=torch.float64))
+        graphs = problem.kept_graphs(kind)
+        assert graphs
+        # Of a function in Python, such as our convolution's, it is not known.
+        assert {graph.reruns for graph in graphs.values()} == {case.name in {"checkpointed", "groupnorm"}}
+
+
+class _Recomputed(torch.autograd.Function):
+    """A layer that keeps only its input, and runs again when slopes are asked for, of whatever order."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: torch.nn.Module, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x, *weights)
+        with torch.no_grad():
+            return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: torch.Tensor) -> Any:
+        x, *weights = ctx.saved_tensors
+        with torch.enable_grad():
+            named = dict(zip(("weight", "bias"), weights, strict=True))
+            made = torch.func.functional_call(ctx.layer, named, (x,))
+            wanted = [t for t in (x, *weights) if t.requires_grad]
+            found = iter(torch.autograd.grad(made, wanted, slopes, create_graph=torch.is_grad_enabled()))
+        return None, *(next(found) if t.requires_grad else None for t in (x, *weights))
+
+
+class _Recomputing(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (self.first, self.second):
+            x = torch.tanh(_Recomputed.apply(layer, x, layer.weight, layer.bias))
+        return x
+
+
+def test_a_layer_that_recomputes_itself() -> None:
+    torch.manual_seed(0)
+    model = _Recomputing().double()
+    data = [(torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64))]
+    plain = torch.nn.Sequential(model.first, torch.nn.Tanh(), model.second, torch.nn.Tanh())
+    problem, other = (landscape.Problem(m, torch.nn.MSELoss(), data) for m in (model, plain))
+    V, moved = torch.eye(problem.size, dtype=torch.float64), problem.parameters_vector() * 1.5
+    problem, other = problem.at(moved), other.at(moved)
+    with problem.session(), problem.keeping_graphs():
+        H = torch.stack([problem.hvp(v) for v in V])
+    assert (H - other.hvp(V)).abs().max() < 1e-14
 
 
 def test_another_matrix_point_data_or_part_is_another_graph() -> None:
