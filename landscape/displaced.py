@@ -57,6 +57,7 @@ class Displaced:
         self._theta = self._layout.spread(theta)
         self._rows = [self._layout.spread(d.to(theta)) for d in directions]
         self._buffer, self._scratch = self._theta.clone(), torch.empty_like(self._theta)
+        self._held: tuple[float, ...] = ()  # coefficients of what is in the scratch
         views = [nn.Parameter(view, requires_grad=False) for view in self._layout.views(self._buffer)]
         self._tensors = problem.substitutes(views)
         buffers = {k: t for k, t in self._tensors.items() if k in self._evaluator.slots.buffers}
@@ -87,15 +88,27 @@ class Displaced:
     def _write(self, coefficients: Sequence[float]) -> None:
         if len(coefficients) > len(self._rows):
             raise ValueError(f"got {len(coefficients)} coefficients for {len(self._rows)} directions")
-        last = self._theta
-        for c, row in zip(coefficients, self._rows, strict=False):
-            if self.ways.exact:  # as θ + c₁ * d₁ + c₂ * d₂ rounds
-                torch.add(last, torch.mul(row, c, out=self._scratch), out=self._buffer)
-            else:
-                torch.add(last, row, alpha=c, out=self._buffer)
-            last = self._buffer
-        if last is self._theta:
-            self._buffer.copy_(self._theta)
+        if self.ways.exact:  # as θ + c₁ * d₁ + c₂ * d₂ rounds
+            last = self._theta
+            for c, row in zip(coefficients, self._rows, strict=False):
+                last = torch.add(last, torch.mul(row, c, out=self._scratch), out=self._buffer)
+        else:
+            last = self._without_first(coefficients[1:])
+            if coefficients:
+                last = torch.add(last, self._rows[0], alpha=coefficients[0], out=self._buffer)
+        if last is not self._buffer:
+            self._buffer.copy_(last)
+
+    def _without_first(self, coefficients: Sequence[float]) -> Tensor:
+        """θ + c₂ d₂ + ...: along a line of a grid it stays."""
+        if not coefficients:
+            return self._theta
+        if tuple(coefficients) != self._held:
+            last = self._theta
+            for c, row in zip(coefficients, self._rows[1:], strict=False):
+                last = torch.add(last, row, alpha=c, out=self._scratch)
+            self._held = tuple(coefficients)
+        return self._scratch
 
     def _measured(self, writers: Sequence[Callable[[], object]]) -> list[list[float]]:
         """The quantities where each writer puts the parameters."""

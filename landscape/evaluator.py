@@ -247,4 +247,4 @@ def _scalar(loss: Any) -> Tensor:
             f"the loss of a batch is {got}; allowed is one number per batch "
             "(a loss with reduction='mean', or reduction='sum' declared to Problem as well)"
         )
-    return loss.reshape(())
+    return loss.reshape(()) if loss.ndim else loss

@@ -23,8 +23,8 @@ from landscape.metrics.base_journal import PREPARATION
 from landscape.results import Record
 from landscape.shares import Share
 
-# Writing takes this share of the time at most (the file is rewritten whole); a kill loses 50 times a writing.
-_WRITING_SHARE = 0.02
+# Writing takes this share of the time at most (the file is rewritten whole); a kill loses 100 times a writing.
+_WRITING_SHARE = 0.01
 # Seconds before the first writing: a measurement that is done by then is written once.
 _UNWRITTEN_SECONDS = 0.1
 
@@ -48,7 +48,7 @@ class Progress:
 
 
 class FileJournal(Journal):
-    """Writes the record whole after a block, but spends at most 2 % of the time on it."""
+    """Writes the record whole after a block, but spends at most 1 % of the time on it."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from landscape import batches as batching
-from landscape import folding, seeds
+from landscape import folding, matmul, seeds
 from landscape.plain_passes import Autocast
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Ways:
         channels_last: whether images lie in memory as (batch, height, width, channels).
         inference: whether autograd is off altogether; not so for models that use it themselves.
         bfloat16: whether layers compute in bfloat16; that is not exact to rounding.
+        matmul: "bf16" where that name selects the faster matrix product, exact on this processor; "default" leaves
+            it alone.
     """
 
     exact: bool = True
@@ -53,15 +55,17 @@ class Ways:
     channels_last: bool = False
     inference: bool = True
     bfloat16: bool = False
+    matmul: str = "default"
 
-    def as_dict(self) -> dict[str, bool | int | None]:
+    def as_dict(self) -> dict[str, bool | int | str | None]:
         """The ways as plain values."""
         return dataclasses.asdict(self)
 
     @contextmanager
     def without_grad(self) -> Iterator[None]:
-        """Make no records for derivatives."""
-        with torch.inference_mode() if self.inference else torch.no_grad():
+        """Make no records for derivatives, and multiply matrices in this way."""
+        multiplying = matmul.precision_set(self.matmul) if self.matmul != "default" else nullcontext()
+        with multiplying, torch.inference_mode() if self.inference else torch.no_grad():
             yield
 
     @contextmanager
@@ -150,14 +154,36 @@ def _chosen(problem: Problem, exact: bool, bfloat16: bool) -> Ways:
     ways = dataclasses.replace(ways, exact=False, microbatch=_microbatch(problem, few))
     images = problem.device.type == "cpu" and (problem.dtype == torch.float32 or bfloat16)
     plain = _answers(problem, few, dataclasses.replace(ways, bfloat16=False))
-    for folded, last in ((True, images), (True, False), (False, images)):
-        tried = dataclasses.replace(ways, bfloat16=False, folded=folded, channels_last=last)
-        if not _layers(problem, tried):
-            continue
+
+    def is_exact(tried: Ways) -> bool:
         with contextlib.suppress(*_NOT_THIS_WAY):
-            if _agree(_answers(problem, few, tried), plain, problem.dtype):
-                return dataclasses.replace(tried, bfloat16=bfloat16)
+            found = _answers(problem, few, dataclasses.replace(tried, bfloat16=False))
+            return _agree(found, plain, problem.dtype)
+        return False
+
+    faster = dataclasses.replace(ways, matmul="bf16")
+    if not bfloat16 and _multiplies(problem, few) and is_exact(faster):
+        ways = faster
+    for folded, last in ((True, images), (True, False), (False, images)):
+        tried = dataclasses.replace(ways, folded=folded, channels_last=last)
+        if _layers(problem, tried) and is_exact(tried):
+            return tried
     return ways
+
+
+def _multiplies(problem: Problem, few: Any) -> bool:
+    """Whether the faster matrix product is to be had here, and nothing is made slower by it.
+
+    PyTorch's fused attention is, several times.
+    """
+    wanted = problem.device.type == "cpu" and problem.dtype == torch.float32
+    if not (wanted and matmul.undecided() and matmul.faster_is_exact()):
+        return False
+    try:
+        names = {name for name, _ in _calls(problem, few)}
+    except _NOT_THIS_WAY:  # its tensors are of a kind that cannot be watched
+        return False
+    return not any(fused in name for name in names for fused in ("attention", "encoder_layer"))
 
 
 def _works(problem: Problem, few: Any, ways: Ways) -> bool:
@@ -176,7 +202,8 @@ def _microbatch(problem: Problem, few: Any) -> int | None:
     try:
         if batching.examples(few) < 2:
             return problem.microbatch
-        sizes = [_sizes(problem, batching.cut(few, 0, count)) for count in (1, 2)]
+        calls = [_calls(problem, batching.cut(few, 0, count)) for count in (1, 2)]
+        sizes = [[size for _, size in found] for found in calls]
     except _NOT_THIS_WAY:  # examples cannot be told apart, or do not run alone
         return problem.microbatch
     same = len(sizes[0]) == len(sizes[1])
@@ -186,21 +213,21 @@ def _microbatch(problem: Problem, few: Any) -> int | None:
     return min(count, problem.microbatch or count)
 
 
-class _Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the bytes of every result."""
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every operation by name, with the bytes of each of its results."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[int] = []
+        self.found: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.found += [_bytes(t) for t in batching.tensors(result)]
+        self.found += [(str(func), _bytes(t)) for t in batching.tensors(result)]
         return result
 
 
-def _sizes(problem: Problem, piece: Any) -> list[int]:
-    seen = _Sizes()
+def _calls(problem: Problem, piece: Any) -> list[tuple[str, int]]:
+    seen = _Calls()
     with torch.no_grad(), problem.filled(problem.leaves()), seen:
         problem.evaluator.loss_of(piece)
     return seen.found

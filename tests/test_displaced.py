@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 
@@ -13,7 +14,7 @@ from cases_base import labels, normal
 from test_problem_untouched import MODULES, random_states, same, snapshot, with_gradients
 from torch import Tensor, nn
 
-from landscape import Problem, Refused, batches, folding, passes, testbeds
+from landscape import Problem, Refused, batches, folding, matmul, passes, testbeds
 from landscape.displaced import Displaced
 
 POINTS = [(0.0, 0.0), (0.3, -0.7), (-1.0, 0.25)]
@@ -39,6 +40,70 @@ def test_values_are_those_of_a_problem_that_stands_there(case) -> None:
             assert exact(x, y) == expected
             assert at(x, y) == pytest.approx(expected, rel=1e-13)
             assert at.moved(x * d[0] + y * d[1]) == pytest.approx(expected, rel=1e-13)
+
+
+def test_what_a_line_of_a_grid_has_in_common_is_made_anew_where_it_changes() -> None:
+    problem = Problem(**CASES[0].arguments())
+    d = (*plane(problem), plane(problem)[0] ** 2)
+    points = [
+        (0.1, 0.5, 0.2),
+        (0.2, 0.5, 0.2),
+        (0.2, 0.5),
+        (0.3,),
+        (),
+        (0.2, 0.5, 0.2),
+        (0.2, math.nan),
+        (0.1, 0.5),
+    ]
+    with problem.displaced(*d) as at:
+        found = [value for (value,) in at.values(points)]
+    theta = problem.parameters_vector()
+    for point, value in zip(points, found, strict=True):
+        moved = theta + sum((c * row for c, row in zip(point, d, strict=False)), torch.zeros_like(theta))
+        assert value == pytest.approx(float(problem.at(moved).value()), rel=1e-13, nan_ok=True)
+
+
+@pytest.mark.parametrize(("exact", "wanted"), [(False, "bf16"), (True, "default")])
+def test_the_faster_matrix_product_is_taken_where_it_is_exact(
+    monkeypatch: pytest.MonkeyPatch, exact: bool, wanted: str
+) -> None:
+    seen = []
+    model, loss, data, _ = testbeds.load_default()
+    model.register_forward_pre_hook(lambda *_: seen.append(setting.fp32_precision))
+    setting = torch.backends.mkldnn.matmul
+    problem = Problem(model, loss, data)
+    for sound in (True, False):
+        monkeypatch.setattr(matmul, "faster_is_exact", lambda sound=sound: sound)
+        with problem.displaced(problem.gradient(), exact=exact) as at:
+            assert at.ways.matmul == (wanted if sound else "default")
+            seen.clear()
+            at(0.1)
+            assert set(seen) == {{"bf16": "bf16", "default": "none"}[at.ways.matmul]}
+            assert setting.fp32_precision == "none"
+
+
+@pytest.mark.parametrize("kind", ["attention", "encoder", "float64", "set by the user"])
+def test_the_matrix_product_is_left_alone(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(matmul, "faster_is_exact", lambda: True)
+    layers = {
+        "attention": _Attending(),
+        "encoder": nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+    }
+    model = layers.get(kind, nn.Linear(8, 8))
+    data = [(normal(4, 3, 8), normal(4, 3, 8))]
+    dtype = torch.float64 if kind == "float64" else torch.float32
+    users = matmul.precision_set("ieee") if kind == "set by the user" else contextlib.nullcontext()
+    with users, Problem(model, nn.MSELoss(), data, dtype=dtype).displaced() as at:
+        assert at.ways.matmul == "default"
+
+
+class _Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(*self.into(x)[:, None].chunk(3, dim=-1))[:, 0]
 
 
 @pytest.mark.parametrize("case", MODULES, ids=lambda c: c.name)
