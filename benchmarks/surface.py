@@ -71,8 +71,10 @@ def ours(name: str, arguments: argparse.Namespace) -> None:
     model, inputs, targets = problem(name)
     made = landscape.Problem(model, nn.CrossEntropyLoss(), [(inputs, targets)])
     d = landscape.directions.filter_normalized(made)
-    times = 20 if name == "MLP" else 1
-    places = [(i / times, -0.5 * i / times) for i in range(times)]
+    # Two half rows of a grid, as `surface` goes through it.
+    half = 25 if name == "MLP" else 1
+    places = [(i / 25 - 1, y) for y in (-0.04, 0.04) for i in range(half)]
+    times = len(places)
     sizes = [size for size in (16, 32, 64, 128, 256, 512, 1024) if size < len(inputs)] + [len(inputs)]
     tasks = {f"bare, batches of {size}": bare(model, inputs, targets, size, times) for size in sizes}
     with made.session():
