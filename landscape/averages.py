@@ -178,6 +178,8 @@ def _by_autodiff(
     position = itertools.count()
 
     def made(piece: Any) -> Made:
+        if not rows:
+            return
         index = next(position)
         found = None if kept is None else kept.get(index)
         if found is not None and not found.reruns:
@@ -186,16 +188,18 @@ def _by_autodiff(
         leaves = problem.leaves() if found is None else found.parameters
         # Filled while products are made, too: activation checkpointing runs the model again.
         with problem.evaluator.unfused(), problem.filled(leaves):
+            made_before = found is not None
             if found is None:
                 with problem.evaluator.twice_differentiable(), kernels.active(problem.kernels):
                     found = graph(piece, leaves)
             making = found.products(rows, keep=kept is not None)
-            if kept is not None:
+            if kept is not None and not made_before:
                 kept[index] = found
-                with products.Watch() as watch:
-                    first = [next(making)]
-                found.reruns = watch.called or problem.device.type != "cpu"
-                yield first.pop()  # so that it is not held here, too
+                if problem.device.type == "cpu":  # elsewhere passes run in other threads
+                    with products.Watch() as watch:
+                        first = [next(making)]
+                    found.reruns = watch.called
+                    yield first.pop()  # so that it is not held here, too
             yield from making
 
     with problem.session(), kernels.multiplying(problem.kernels):
@@ -285,8 +289,10 @@ def _add(
     for i, (start, stop) in enumerate(space.ranges.values()):
         part, parts[i] = parts[i], None
         into = total[start:stop]
-        if part is None:
-            into.zero_() if first else None
+        if part is None and first:
+            into.zero_()
+        elif part is None:
+            continue
         elif first:
             into.copy_(part.detach().reshape(-1)).mul_(scale)
         else:

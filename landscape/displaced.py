@@ -86,6 +86,7 @@ class Displaced:
         return self._measured([lambda: torch.add(self._theta, row, out=self._buffer)])[0][0]
 
     def _write(self, coefficients: Sequence[float]) -> None:
+        coefficients = [float(c) for c in coefficients]
         if len(coefficients) > len(self._rows):
             raise ValueError(f"got {len(coefficients)} coefficients for {len(self._rows)} directions")
         if self.ways.exact:  # as θ + c₁ * d₁ + c₂ * d₂ rounds
@@ -104,7 +105,7 @@ class Displaced:
         if not coefficients:
             return self._theta
         if tuple(coefficients) != self._held:
-            last = self._theta
+            last, self._held = self._theta, ()
             for c, row in zip(coefficients, self._rows[1:], strict=False):
                 last = torch.add(last, row, alpha=c, out=self._scratch)
             self._held = tuple(coefficients)

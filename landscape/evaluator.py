@@ -92,7 +92,7 @@ class Evaluator:
             yield
 
     def unfused(self) -> contextlib.AbstractContextManager[None]:
-        """The part of this that holds while a graph is run through, too, where calls are answered no longer."""
+        """The part of `twice_differentiable` that counts while a graph is run through, where no call is answered."""
         return guard.unfused(self.device.type == "cuda" and self.slots.recurrent)
 
     @contextmanager

@@ -61,7 +61,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
     """
     if device.type != "cpu":
         return NONE
-    faster = dtype == torch.float32 and matmul.undecided() and matmul.faster_is_exact()
+    faster = dtype == torch.float32 and matmul.is_faster()
     return Kernels(
         convolution=True,
         norm=True,
@@ -79,7 +79,7 @@ def active(kernels: Kernels) -> Iterator[None]:
 
 @contextmanager
 def multiplying(kernels: Kernels) -> Iterator[None]:
-    """The same for what calls no model: products of graphs that are there already."""
+    """Set only the switch of the matrix product: all that counts where a graph is run through."""
     with matmul.precision_set(kernels.matmul) if kernels.matmul != "default" else nullcontext():
         yield
 

@@ -45,8 +45,8 @@ class Ways:
         channels_last: whether images lie in memory as (batch, height, width, channels).
         inference: whether autograd is off altogether; not so for models that use it themselves.
         bfloat16: whether layers compute in bfloat16; that is not exact to rounding.
-        matmul: "bf16" where that name selects the faster matrix product, exact on this processor; "default" leaves
-            it alone.
+        faster_matmul: whether matrices are multiplied by the faster kernel, on processors where it is exact and
+            unless the user has set a precision.
     """
 
     exact: bool = True
@@ -55,17 +55,21 @@ class Ways:
     channels_last: bool = False
     inference: bool = True
     bfloat16: bool = False
-    matmul: str = "default"
+    faster_matmul: bool = False
 
-    def as_dict(self) -> dict[str, bool | int | str | None]:
+    def as_dict(self) -> dict[str, bool | int | None]:
         """The ways as plain values."""
         return dataclasses.asdict(self)
 
     @contextmanager
     def without_grad(self) -> Iterator[None]:
         """Make no records for derivatives, and multiply matrices in this way."""
-        multiplying = matmul.precision_set(self.matmul) if self.matmul != "default" else nullcontext()
-        with multiplying, torch.inference_mode() if self.inference else torch.no_grad():
+        # Asked anew: ways are stored, and taken up on another processor.
+        faster = self.faster_matmul and matmul.is_faster()
+        with (
+            matmul.precision_set("bf16") if faster else nullcontext(),
+            torch.inference_mode() if self.inference else torch.no_grad(),
+        ):
             yield
 
     @contextmanager
@@ -161,7 +165,7 @@ def _chosen(problem: Problem, exact: bool, bfloat16: bool) -> Ways:
             return _agree(found, plain, problem.dtype)
         return False
 
-    faster = dataclasses.replace(ways, matmul="bf16")
+    faster = dataclasses.replace(ways, faster_matmul=True)
     if not bfloat16 and _multiplies(problem, few) and is_exact(faster):
         ways = faster
     for folded, last in ((True, images), (True, False), (False, images)):
@@ -177,7 +181,7 @@ def _multiplies(problem: Problem, few: Any) -> bool:
     PyTorch's fused attention is, several times.
     """
     wanted = problem.device.type == "cpu" and problem.dtype == torch.float32
-    if not (wanted and matmul.undecided() and matmul.faster_is_exact()):
+    if not (wanted and matmul.is_faster()):
         return False
     try:
         names = {name for name, _ in _calls(problem, few)}

@@ -57,15 +57,20 @@ def test_what_a_line_of_a_grid_has_in_common_is_made_anew_where_it_changes() -> 
     ]
     with problem.displaced(*d) as at:
         found = [value for (value,) in at.values(points)]
+        assert at(0.1, 0.7) == at.values(np.array([[0.1, 0.7]]))[0][0] != at(0.1, 0.5)
+        kept = at(0.1, 0.7, 0.2)
+        with pytest.raises(ValueError, match="could not convert"):
+            at(0.1, 0.5, "x")  # type: ignore[arg-type]
+        assert at(0.1, 0.7, 0.2) == kept
     theta = problem.parameters_vector()
     for point, value in zip(points, found, strict=True):
         moved = theta + sum((c * row for c, row in zip(point, d, strict=False)), torch.zeros_like(theta))
         assert value == pytest.approx(float(problem.at(moved).value()), rel=1e-13, nan_ok=True)
 
 
-@pytest.mark.parametrize(("exact", "wanted"), [(False, "bf16"), (True, "default")])
+@pytest.mark.parametrize("exact", [False, True])
 def test_the_faster_matrix_product_is_taken_where_it_is_exact(
-    monkeypatch: pytest.MonkeyPatch, exact: bool, wanted: str
+    monkeypatch: pytest.MonkeyPatch, exact: bool
 ) -> None:
     seen = []
     model, loss, data, _ = testbeds.load_default()
@@ -75,11 +80,16 @@ def test_the_faster_matrix_product_is_taken_where_it_is_exact(
     for sound in (True, False):
         monkeypatch.setattr(matmul, "faster_is_exact", lambda sound=sound: sound)
         with problem.displaced(problem.gradient(), exact=exact) as at:
-            assert at.ways.matmul == (wanted if sound else "default")
+            assert at.ways.faster_matmul == (not exact and sound)
             seen.clear()
             at(0.1)
-            assert set(seen) == {{"bf16": "bf16", "default": "none"}[at.ways.matmul]}
+            assert set(seen) == {"bf16" if at.ways.faster_matmul else "none"}
             assert setting.fp32_precision == "none"
+    # Ways that were stored where it is exact, taken up where it is not.
+    with problem.displaced(problem.gradient(), ways=passes.Ways(faster_matmul=True)) as at:
+        seen.clear()
+        at(0.1)
+    assert set(seen) == {"none"}
 
 
 @pytest.mark.parametrize("kind", ["attention", "encoder", "float64", "set by the user"])
@@ -94,7 +104,7 @@ def test_the_matrix_product_is_left_alone(monkeypatch: pytest.MonkeyPatch, kind:
     dtype = torch.float64 if kind == "float64" else torch.float32
     users = matmul.precision_set("ieee") if kind == "set by the user" else contextlib.nullcontext()
     with users, Problem(model, nn.MSELoss(), data, dtype=dtype).displaced() as at:
-        assert at.ways.matmul == "default"
+        assert not at.ways.faster_matmul
 
 
 class _Attending(nn.Module):

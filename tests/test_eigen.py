@@ -183,6 +183,27 @@ def test_few_sweeps_over_the_basis_make_it_orthogonal(monkeypatch, name, block):
     assert (Q @ Q.T - torch.eye(state.rows, dtype=torch.float64)).abs().max() < 1e-13
 
 
+class Returned:
+    """An operator that writes the product into the vector that it is given, and returns that."""
+
+    def __init__(self, d):
+        self.d, self.shape, self.dtype, self.device = d, (len(d), len(d)), d.dtype, d.device
+
+    def __matmul__(self, V):
+        return V.mul_(self.d if V.ndim == 1 else self.d[:, None])
+
+
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("values", [np.ones(6), np.arange(1.0, 41.0)], ids=["identity", "line"])
+def test_an_operator_may_return_the_vector_that_it_is_given(values, block):
+    d = torch.from_numpy(values)
+    found = eigsh(Returned(d), 2, block=block, rtol=1e-9)
+    assert found.values.tolist() == pytest.approx(sorted(values)[-1:-3:-1])
+    rest = d[:, None] * found.vectors - found.vectors * found.values
+    assert rest.norm(dim=0).max() < 1e-8
+    assert torch.allclose(found.vectors.T @ found.vectors, torch.eye(2, dtype=torch.float64))
+
+
 # --- scale, memory, start -------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ def test_products_are_the_same_bit_for_bit(case: cases.Case, kind: str) -> None:
             assert torch.equal(product(V), once)
             assert torch.equal(product(V[:, 1]), once[:, 1])
         assert len(problem.kept_graphs(kind) or {}) == len(list(problem.evaluator.pieces(problem.batches)))
+        assert product(V[:, :0]).shape == (problem.size, 0)
     assert problem.kept_graphs(kind) is None
 
 

@@ -136,14 +136,14 @@ class Krylov:
             ValueError: if a product is not finite, or shows that A is not symmetric.
         """
         before, pending = self.rows, slice(self.expanded, self.rows)
-        X = product(A, self.vectors[pending])
+        X = product(A, self.vectors[pending].clone())  # which A may write into, or return
         self.matvecs += len(X)
         self.steps += 1
         self.norm = max(self.norm, *_lengths(X))
         negligible = _ROUNDING * torch.finfo(A.dtype).eps * self.norm
         C = np.zeros((before + len(X), len(X)))
-        # First along the few vectors from the first that Lanczos couples to these: what one pass over all then
-        # finds is small, so that no second one is needed.
+        # First along the vectors from the first one that is coupled to these on, few but after a restart: what a
+        # pass over all then finds is small, and no second one is needed.
         near = min([self.expanded, *np.flatnonzero(self.G[:, pending].any(axis=1))])
         C[near:before] = self._project(X, near)
         lengths = _lengths(X)
@@ -192,9 +192,9 @@ class Krylov:
 
         Args:
             x: a vector.
-            length: its norm; where the first `since` vectors have been taken out already, its norm before.
+            length: its norm; where the first vectors have been taken out already, its norm before.
             negligible: a length at which to stop.
-            since: the vectors that need not be taken out again, unless much was found.
+            since: how many of the first vectors need not be taken out again, unless much was found.
         """
         total = np.zeros(self.rows)
         for _ in range(4):
