@@ -188,12 +188,12 @@ def _by_autodiff(
         leaves = problem.leaves() if found is None else found.parameters
         # Filled while products are made, too: activation checkpointing runs the model again.
         with problem.evaluator.unfused(), problem.filled(leaves):
-            made_before = found is not None
+            fresh = found is None
             if found is None:
                 with problem.evaluator.twice_differentiable(), kernels.active(problem.kernels):
                     found = graph(piece, leaves)
             making = found.products(rows, keep=kept is not None)
-            if kept is not None and not made_before:
+            if kept is not None and fresh:
                 kept[index] = found
                 if problem.device.type == "cpu":  # elsewhere passes run in other threads
                     with products.Watch() as watch:

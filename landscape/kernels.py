@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -77,11 +77,9 @@ def active(kernels: Kernels) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def multiplying(kernels: Kernels) -> Iterator[None]:
+def multiplying(kernels: Kernels) -> AbstractContextManager[None]:
     """Set only the switch of the matrix product: all that counts where a graph is run through."""
-    with matmul.precision_set(kernels.matmul) if kernels.matmul != "default" else nullcontext():
-        yield
+    return matmul.faster(kernels.matmul == "bf16")
 
 
 def milder(kernels: Kernels, failure: RuntimeError) -> Kernels | None:

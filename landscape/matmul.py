@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch.nn import functional
@@ -57,6 +57,11 @@ def is_faster() -> bool:
     """Whether the faster kernel is to be taken: the user has left the setting alone, and it is exact here."""
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     return str(setting.fp32_precision) == "none" and faster_is_exact()
+
+
+def faster(wanted: bool) -> AbstractContextManager[None]:
+    """Multiply by the faster kernel where that is wanted; else as it is."""
+    return precision_set("bf16") if wanted else nullcontext()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,11 +65,8 @@ class Ways:
     def without_grad(self) -> Iterator[None]:
         """Make no records for derivatives, and multiply matrices in this way."""
         # Asked anew: ways are stored, and taken up on another processor.
-        faster = self.faster_matmul and matmul.is_faster()
-        with (
-            matmul.precision_set("bf16") if faster else nullcontext(),
-            torch.inference_mode() if self.inference else torch.no_grad(),
-        ):
+        faster = matmul.faster(self.faster_matmul and matmul.is_faster())
+        with faster, torch.inference_mode() if self.inference else torch.no_grad():
             yield
 
     @contextmanager
