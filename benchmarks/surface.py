@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 import landscape
-from landscape import passes
 from landscape.displaced import Displaced
 from landscape.metrics import Surface
 from landscape.seeds import generator
 from landscape.testbeds import digits_mlp, resnet20
 from landscape.testbeds.digits import digits
+from landscape.ways import choose
 
 PEER = "loss-landscapes==3.0.6"
 POINTS = {"MLP": 51, "ResNet-20": 3}  # along each axis, of ours
@@ -78,8 +78,8 @@ def ours(name: str, arguments: argparse.Namespace) -> None:
     sizes = [size for size in (16, 32, 64, 128, 256, 512, 1024) if size < len(inputs)] + [len(inputs)]
     tasks = {f"bare, batches of {size}": bare(model, inputs, targets, size, times) for size in sizes}
     with made.session():
-        ways = passes.choose(made)
-        kept, half = passes.choose(made, exact=True), passes.choose(made, bfloat16=True)
+        ways = choose(made)
+        kept, half = choose(made, exact=True), choose(made, bfloat16=True)
         for words, way, accuracy in (
             ("surface", ways, False), ("surface with accuracy", ways, True), ("exact", kept, False),
             ("bfloat16", half, False),

@@ -56,12 +56,12 @@ class Batches:
             yield from self._kept
             return
         kept: list[Any] | None = []
-        size = 0
+        total = 0
         for batch in self.fresh():
             if kept is not None:
-                size += sum(t.numel() * t.element_size() for t in tensors(batch))
+                total += size(batch)
                 kept.append(batch)
-                if size > CACHE_BYTES:
+                if total > CACHE_BYTES:
                     kept = None
             yield batch
         self._kept = kept
@@ -139,6 +139,11 @@ def tensors(tree: Any) -> list[Tensor]:
     found: list[Tensor] = []
     tree_map(found.append, tree)
     return found
+
+
+def size(tree: Any) -> int:
+    """Return the bytes of the tensors of a nest."""
+    return sum(t.numel() * t.element_size() for t in tensors(tree))
 
 
 def examples(tree: Any) -> int:

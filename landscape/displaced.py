@@ -17,7 +17,9 @@ from landscape import passes
 from landscape.accuracy import Judge
 from landscape.evaluator import Own, require_weight
 from landscape.folding import Folded
-from landscape.passes import Piece, Ways
+from landscape.in_place import InPlace
+from landscape.passes import Piece
+from landscape.ways import Ways
 
 if TYPE_CHECKING:
     from landscape.problem import Problem
@@ -67,6 +69,7 @@ class Displaced:
         self._prepared = passes.prepared(problem, ways)
         with self._evaluator.slots.filled(self._tensors):
             self._folded = Folded(self._prepared.layers, channels_last=ways.channels_last)
+        self._in_place = InPlace(self._evaluator.model, self._prepared.calls)
 
     def __call__(self, *coefficients: float) -> float:
         """L(θ + Σ cᵢ dᵢ); directions without a coefficient are left out."""
@@ -141,6 +144,7 @@ class Displaced:
         with ExitStack() as stack:
             stack.enter_context(self._evaluator.slots.filled(self._tensors))
             stack.enter_context(self._folded.active())
+            stack.enter_context(self._in_place.active())
             stack.enter_context(self.ways.without_grad())
             if self._prepared.pieces is not None:
                 pieces = self._prepared.pieces if own is None else list(own(iter(self._prepared.pieces)))
@@ -161,6 +165,7 @@ class Displaced:
         self._folded.refresh()
 
     def _add(self, piece: Piece, total: _Sums) -> None:
+        self._in_place.begin()
         if not self._evaluator.has_outputs:
             with self.ways.precision(self._problem.device):
                 loss = self._evaluator.loss_of(piece.batch)

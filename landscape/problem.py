@@ -24,8 +24,8 @@ from landscape.products import Graph, KeptGraphs
 if TYPE_CHECKING:
     from landscape.displaced import Displaced, Quantity
     from landscape.kernels import Kernels
-    from landscape.passes import Ways
     from landscape.sharded import Shard
+    from landscape.ways import Ways
 
 Reduction = Literal["mean", "sum"]
 Mode = Literal["eval", "train"]
@@ -462,7 +462,7 @@ class Problem:
             directions: vectors dᵢ, each (n,).
             exact: keep the user's batches and layers: the value is that of `at(θ + Σ cᵢ dᵢ)`, bit for bit; else
                 to rounding.
-            ways: how passes are made, as chosen before by `landscape.passes.choose`.
+            ways: how passes are made, as chosen before by `landscape.ways.choose`.
             accuracy: share of right answers beside the loss.
             also: other quantities by name, `f(output, target)` -> a batch's mean over its examples.
 
@@ -473,10 +473,11 @@ class Problem:
             Refused: if quantities of outputs are asked of a problem with `forward=`.
             ValueError: if a direction does not have n entries.
         """
-        from landscape import displaced, passes  # not every measurement moves
+        from landscape import displaced  # not every measurement moves
+        from landscape.ways import choose
 
         with self.session():
-            chosen = ways or passes.choose(self, exact=exact)
+            chosen = ways or choose(self, exact=exact)
             yield displaced.Displaced(self, directions, ways=chosen, accuracy=accuracy, also=also)
 
     # --- trust ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from cases_base import labels, normal
 from test_problem_untouched import MODULES, random_states, same, snapshot, with_gradients
 from torch import Tensor, nn
 
-from landscape import Problem, Refused, batches, folding, matmul, passes, testbeds
+from landscape import Problem, Refused, batches, folding, matmul, testbeds, ways
 from landscape.displaced import Displaced
 
 POINTS = [(0.0, 0.0), (0.3, -0.7), (-1.0, 0.25)]
@@ -86,7 +86,7 @@ def test_the_faster_matrix_product_is_taken_where_it_is_exact(
             assert set(seen) == {"bf16" if at.ways.faster_matmul else "none"}
             assert setting.fp32_precision == "none"
     # Ways that were stored where it is exact, taken up where it is not.
-    with problem.displaced(problem.gradient(), ways=passes.Ways(faster_matmul=True)) as at:
+    with problem.displaced(problem.gradient(), ways=ways.Ways(faster_matmul=True)) as at:
         seen.clear()
         at(0.1)
     assert set(seen) == {"none"}
@@ -356,22 +356,27 @@ def test_bfloat16_is_near_and_said() -> None:
     problem = Problem(model, nn.CrossEntropyLoss(), [(x, y)])
     d = plane(problem)
     with problem.session():
-        ways = passes.choose(problem, bfloat16=True)
-        assert ways.bfloat16
-        near = Displaced(problem, d, ways=ways)(0.2, 0.1)
+        chosen = ways.choose(problem, bfloat16=True)
+        assert chosen.bfloat16
+        near = Displaced(problem, d, ways=chosen)(0.2, 0.1)
     expected = by_hand(problem, 0.2, 0.1, d)
     assert near == pytest.approx(expected, rel=0.02)
     assert near != pytest.approx(expected, rel=1e-6)
 
 
 def test_the_microbatch_follows_from_shapes_and_the_users_limit() -> None:
-    model, x, y = trained_images(dtype=torch.float32)
-    for limit in (None, 5):
-        problem = Problem(model, nn.CrossEntropyLoss(), [(x, y)], microbatch=limit)
-        with problem.session():
-            # the largest results are images of 4 channels, 12 by 12, in float32
-            expected = 2 ** int(math.log2((2 << 20) / (4 * 12 * 12 * 4)))
-            assert passes.choose(problem).microbatch == (limit or expected)
+    _, x, y = trained_images(dtype=torch.float32)
+    for rectifier, most in (
+        (nn.ReLU, 4 << 20),
+        (nn.GELU, 2 << 20),
+    ):  # one writes over its operand, one does not
+        net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), rectifier(), nn.Flatten(), nn.Linear(576, 10))
+        for limit in (None, 5):
+            problem = Problem(net, nn.CrossEntropyLoss(), [(x, y)], microbatch=limit)
+            with problem.session():
+                # the largest results are images of 4 channels, 12 by 12, in float32
+                expected = 2 ** int(math.log2(most / (4 * 12 * 12 * 4)))
+                assert ways.choose(problem).microbatch == (limit or expected)
 
 
 def test_batches_that_cannot_be_joined_stay_apart() -> None:

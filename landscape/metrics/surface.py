@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from landscape import checkpoint_files, grids, norms, operators, passes, planes, refinement
+from landscape import checkpoint_files, grids, norms, operators, planes, refinement
 from landscape import directions as made
 from landscape.checks import Need
 from landscape.directions import Directions, Trajectory
@@ -20,9 +20,9 @@ from landscape.displaced import judges
 from landscape.errors import Refused
 from landscape.estimators.eigen import eigsh
 from landscape.metrics.base import Metric, Round, Values, setting
-from landscape.passes import Ways
 from landscape.problem import Problem
 from landscape.results import Record, Variable
+from landscape.ways import Ways, choose
 
 _LINES = {"gradient", "difference"}  # that give one direction
 _WORK = 1 << 33  # parameters times examples times points that a block holds
@@ -169,7 +169,7 @@ class Surface(Metric):
 
     def _described(self, problem: Problem, plane: Directions, seed: int) -> dict[str, Any]:
         count = len(self.shape)
-        ways = passes.choose(problem, exact=self.exact, bfloat16=self.precision == "bfloat16")
+        ways = choose(problem, exact=self.exact, bfloat16=self.precision == "bfloat16")
         cosine = float(plane.cosines[0, 1]) if count > 1 else None
         return {
             "ways": ways.as_dict(),
