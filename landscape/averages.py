@@ -171,7 +171,7 @@ def output_differences(problem: Problem, piece: Any, v: Tensor, step: float | No
 def _by_autodiff(
     problem: Problem, V: Tensor, matrix: str, graph: Callable[[Any, list[Tensor]], products.Graph]
 ) -> Tensor:
-    from landscape import kernels  # not every measurement makes products
+    from landscape import kernels, kinks  # not every measurement makes products
 
     rows = vectors.aligned_pieces(V.to(problem.device, problem.dtype), problem.space)
     kept = problem.kept_graphs(matrix)
@@ -186,11 +186,15 @@ def _by_autodiff(
             yield from found.products(rows, keep=True)
             return
         leaves = problem.leaves() if found is None else found.parameters
+        # A pass in float64 pays where many products are made of one graph.
+        right = found is None and kept is not None and problem.kernels.kinks
+        sides = kinks.sides(problem, piece) if right else kinks.NONE
         # Filled while products are made, too: activation checkpointing runs the model again.
         with problem.evaluator.unfused(), problem.filled(leaves):
             fresh = found is None
             if found is None:
-                with problem.evaluator.twice_differentiable(), kernels.active(problem.kernels):
+                plain = problem.evaluator.twice_differentiable()
+                with plain, kernels.active(problem.kernels), kinks.Righted(sides):
                     found = graph(piece, leaves)
             making = found.products(rows, keep=kept is not None)
             if kept is not None and fresh:

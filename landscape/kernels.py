@@ -39,12 +39,14 @@ class Kernels:
         channels_last: convolutions of images in the memory order (batch, height, width, channels).
         matmul: "bf16" where that name selects the faster matrix product, exact on this processor;
             "default" leaves it alone.
+        kinks: rectifiers on the side of zero on which float64 has them, while graphs are kept.
     """
 
     convolution: bool = False
     norm: bool = False
     channels_last: bool = False
     matmul: str = "default"
+    kinks: bool = False
 
     def as_dict(self) -> dict[str, bool | str]:
         """The switches as plain values."""
@@ -67,6 +69,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
         norm=True,
         channels_last=dtype == torch.float32,
         matmul="bf16" if faster else "default",
+        kinks=dtype == torch.float32,
     )
 
 
@@ -90,8 +93,8 @@ def milder(kernels: Kernels, failure: RuntimeError) -> Kernels | None:
     """
     if kernels.channels_last and "view size is not compatible" in str(failure):
         return dataclasses.replace(kernels, channels_last=False)
-    if (kernels.convolution or kernels.norm) and isinstance(failure, CheckpointError):
-        return dataclasses.replace(kernels, convolution=False, norm=False, channels_last=False)
+    if (kernels.convolution or kernels.norm or kernels.kinks) and isinstance(failure, CheckpointError):
+        return dataclasses.replace(kernels, convolution=False, norm=False, channels_last=False, kinks=False)
     return None
 
 

@@ -388,6 +388,7 @@ def test_what_was_chosen_can_be_stored():
     assert problem.kernels == kernels.choose(problem.device, problem.dtype)
     assert problem.kernels.as_dict() == {
         "convolution": True, "norm": True, "channels_last": True, "matmul": problem.kernels.matmul,
+        "kinks": True,
     }  # fmt: skip
     assert problem.replace(kernels=NONE).kernels == NONE
     assert problem.at(problem.parameters_vector()).kernels == problem.kernels
