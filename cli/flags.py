@@ -1,7 +1,7 @@
 """The flags of a metric are the fields of its dataclass.
 
 `--rtol` goes to every named metric that has the field, `--trace.rtol` to that one; a flag that no named
-metric has is a usage error that lists what they have. Hyphens and underscores are the same.
+metric has is a usage error that lists what they have, if they are few. Hyphens and underscores are the same.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import click
 
 from . import values
+
+_LISTED = 3  # metrics up to which a message lists the flags of each
 
 
 class Flag(click.Option):
@@ -165,11 +167,12 @@ class MetricFlags:
         owners = [name for name, metric in self.known.items() if field_name in fields_of(metric)]
         if owners:
             text += f"; {', '.join(owners)} has it, which is not among the named metrics"
-        listed = "; ".join(
-            f"{name} has {', '.join('--' + f.flag for f in fields_of(metric).values()) or 'no flags'}"
-            for name, metric in self.named.items()
-        )
-        return click.UsageError(f"{text}; {listed}. landscape measure --help lists all")
+        if len(self.named) <= _LISTED:  # without --metric all are named
+            text += "".join(
+                f"; {name} has {', '.join('--' + f.flag for f in fields_of(metric).values()) or 'no flags'}"
+                for name, metric in self.named.items()
+            )
+        return click.UsageError(f"{text}. landscape measure --help lists all")
 
 
 def _texts(fields: Mapping[str, Field], with_form: bool) -> str:

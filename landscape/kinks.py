@@ -7,7 +7,6 @@ One pass in float64 tells where they belong.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +44,9 @@ def sides(problem: Problem, piece: Any) -> Sides:
 
     Returns:
         A bool for each unit, True where it is positive; nothing where there are too few units for any to be expected
-        on the wrong side, or where the model does not run in float64.
+        on the wrong side, where the model does not run in float64, or in training mode, where it may draw numbers.
     """
-    if not _many(problem, piece):
+    if problem.mode == "train" or not _many(problem, piece):
         return NONE
     wide = problem.replace(dtype=torch.float64)
     watch = _Watch()
@@ -112,11 +111,15 @@ def _many(problem: Problem, piece: Any) -> bool:
     """Whether the problem has so many units that some are expected on the wrong side; counted on an example."""
     plans, key = problem.evaluator.plans, ("rectified units", id(problem.batches))
     if key not in plans:
-        watch, few = _Watch(), piece
-        with contextlib.suppress(ValueError):  # examples that cannot be told apart are taken together
-            few = batching.cut(piece, 0, min(1, batching.examples(piece)))
-        with torch.no_grad(), problem.filled(problem.leaves()), watch:
-            problem.evaluator.loss_of(few)
-        units = sum(side.numel() for side in watch.sides)
-        plans[key] = problem.batches, units * (1 if few is piece else problem.examples() or 1)
+        try:
+            units = _units(problem, batching.cut(piece, 0, 1)) * (problem.examples() or 1)
+        except (RuntimeError, ValueError, TypeError, IndexError):  # examples do not run alone
+            units = _units(problem, piece)
+        plans[key] = problem.batches, units
     return bool(plans[key][1] * torch.finfo(problem.dtype).eps >= _EXPECTED)
+
+
+def _units(problem: Problem, piece: Any) -> int:
+    with torch.no_grad(), problem.filled(problem.leaves()), _Watch() as watch:
+        problem.evaluator.loss_of(piece)
+    return sum(side.numel() for side in watch.sides)

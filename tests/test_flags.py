@@ -132,6 +132,12 @@ def test_a_flag_that_no_named_metric_has_lists_what_they_have():
     assert "did you mean --out?" in known.no_such("--outt", ["--out"]).message
 
 
+def test_a_mistyped_metric_is_one_line_and_not_every_flag_of_every_metric():
+    everything = dict.fromkeys("abcd", First)
+    text = flags.MetricFlags(everything, everything).no_such("--metrik", ["--metric", "--out"]).message
+    assert text == "no flag --metrik (did you mean --metric?). landscape measure --help lists all"
+
+
 def test_a_field_with_the_name_of_an_option_is_refused():
     with pytest.raises(click.UsageError, match=r"metric second has a field 'epsilon', which is an option"):
         flags.MetricFlags({"second": Second}, taken=["epsilon"])

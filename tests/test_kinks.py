@@ -115,6 +115,21 @@ def test_what_a_switch_leaves_off_or_float64_does_not_know(monkeypatch: pytest.M
             assert torch.equal(one.hvp(torch.eye(4)), expected)
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_batches_that_cannot_be_cut(mode: str) -> None:
+    """Statistics of the batch: one example alone has none. In training mode, models may draw numbers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU(), nn.Linear(6, 1)
+    )
+    data = [(INPUTS, TARGETS[:, None])]
+    problem = Problem(model, nn.MSELoss(), data, mode=mode, products="autodiff")
+    v = torch.ones(problem.size)
+    expected = problem.hvp(v)
+    with problem.session(), problem.keeping_graphs():
+        assert torch.equal(problem.hvp(v), expected)
+
+
 def test_a_unit_far_from_zero_is_left_alone() -> None:
     """Where float64 computes something else altogether, it does not say where units belong."""
     x = torch.tensor([1.0, -2.0, 1e-9, -1e-9, 0.0])
