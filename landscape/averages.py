@@ -196,6 +196,7 @@ def _by_autodiff(
                 plain = problem.evaluator.twice_differentiable()
                 with plain, kernels.active(problem.kernels), kinks.Righted(sides):
                     found = graph(piece, leaves)
+            del sides  # not needed while products are made
             making = found.products(rows, keep=kept is not None)
             if kept is not None and fresh:
                 kept[index] = found

@@ -69,7 +69,7 @@ class Displaced:
         self._prepared = passes.prepared(problem, ways)
         with self._evaluator.slots.filled(self._tensors):
             self._folded = Folded(self._prepared.layers, channels_last=ways.channels_last)
-        self._in_place = InPlace(self._evaluator.model, self._prepared.calls)
+        self._in_place = InPlace(self._evaluator.model, self._prepared.rectifiers)
 
     def __call__(self, *coefficients: float) -> float:
         """L(θ + Σ cᵢ dᵢ); directions without a coefficient are left out."""
@@ -165,10 +165,9 @@ class Displaced:
         self._folded.refresh()
 
     def _add(self, piece: Piece, total: _Sums) -> None:
-        self._in_place.begin()
         if not self._evaluator.has_outputs:
             with self.ways.precision(self._problem.device):
-                loss = self._evaluator.loss_of(piece.batch)
+                loss = self._passed(self._evaluator.loss_of, piece)
         else:
             loss = self._loss_and_others(piece, total)
         total.losses.append(_kept(loss))
@@ -178,10 +177,10 @@ class Displaced:
     def _loss_and_others(self, piece: Piece, total: _Sums) -> Tensor:
         if self.ways.bfloat16:
             with self.ways.precision(self._problem.device):
-                outputs = self._evaluator.outputs(piece.batch)
+                outputs = self._passed(self._evaluator.outputs, piece)
             outputs = batching.tree_map(self._evaluator.moved, outputs)
         else:
-            outputs = self._evaluator.outputs(piece.batch)
+            outputs = self._passed(self._evaluator.outputs, piece)
         target = self._evaluator.target_of(piece.batch)
         if self._judge is not None:
             if piece.judged is None:
@@ -193,6 +192,12 @@ class Displaced:
                 (float(quantity(outputs, target)), batching.examples(target))
             )
         return self._evaluator.loss_from(outputs, target)
+
+    def _passed(self, passing: Callable[[Any], Any], piece: Piece) -> Any:
+        if self._in_place.lacks(piece.shapes):
+            self._in_place.watch(passing, piece.batch, piece.shapes)
+            self._put_buffers_back()
+        return self._in_place(passing, piece.batch, piece.shapes)
 
     def _put_buffers_back(self) -> None:
         """Undo what a pass wrote into buffers, in place or by assigning others."""

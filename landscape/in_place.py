@@ -1,8 +1,9 @@
 """Rectifiers that write over their operand, where nobody reads it afterwards: no other memory is gone through.
 
-Which ones may is seen in one pass. The operand was made by a call that shares memory with nothing, was read only by
-such calls, and is gone when the model makes its next call; and nothing in that pass let numbers decide what is
-called, so that other passes are like it. Even so a rectifier writes over an operand only while nobody else holds it.
+Which ones may is seen in one pass on a batch of the same shapes. The operand was made by a call that shares memory
+with nothing, was read only by such calls, and is gone when the model makes its next call; and nothing in that pass
+let numbers decide what is called. Even so a rectifier writes over an operand only while no more hold it, or its
+memory, than did then.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -32,10 +33,11 @@ _SHARING_NOTHING = {
     functional.hardswish,
 }  # fmt: skip
 # What calls return that say something of a tensor, but nothing of its numbers.
-_OF_FORM = (bool, int, float, torch.Size, torch.dtype, torch.device, torch.layout, type(None))
+_OF_FORM = (bool, int, float, torch.Size, torch.dtype, torch.device, torch.layout)
 _BY_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
-Answer = Callable[[Any, int], bool]  # (rectifier, references to its operand) -> whether to write over it
+# (rectifier, references to its operand, its operand) -> whether to write over it
+Answer = Callable[[Any, int, Tensor], bool]
 
 
 class Call(NamedTuple):
@@ -43,59 +45,85 @@ class Call(NamedTuple):
 
     Attributes:
         rectifier: the module, or `relu` for the function.
-        holders: references to its operand up to which it may write over it; 0 where it never may.
+        references: to its operand, up to which it may write over it; 0 where it never may.
+        sharers: of the operand's memory, likewise.
+        numbers: that the operand has.
     """
 
     rectifier: Any
-    holders: int
+    references: int
+    sharers: int
+    numbers: int
 
 
-def seen(model: nn.Module, forward: Callable[[], object]) -> tuple[Call, ...]:
+Calls = Sequence[Call]
+NONE: Calls = ()
+
+
+def seen(model: nn.Module, passing: Callable[[Any], object], batch: Any) -> Calls:
     """Run a pass without gradients, and return its rectifiers in order.
 
     Returns:
-        Nothing where none of them may write over its operand.
+        Nothing where none may write over its operand: none may in a pass that hands out numbers, or lets them decide.
     """
     numbers, watch = _Numbers(), _Watch()
-    with _answered(model, watch.note), numbers, watch:
-        result = forward()  # held: what is returned is not gone
+    with _standing_in(model), _answering(watch.note), numbers, watch:
+        result = passing(batch)  # held: what is returned is not gone
         watch.settle()
     del result
-    may = not (numbers.decide or watch.shown) and any(call.holders for call in watch.calls)
-    return tuple(watch.calls) if may else ()
+    may = not (numbers.decide or watch.shown) and any(call.references for call in watch.calls)
+    return tuple(watch.calls) if may else NONE
+
+
+def shapes(batch: Any) -> Any:
+    """What batches have in common of which one pass is like the other."""
+    return tuple((t.shape, t.dtype) for t in batching.tensors(batch))
 
 
 class InPlace:
-    """Answers the rectifiers of passes like the one that was seen.
+    """Makes passes in which rectifiers write over their operand.
 
     Args:
-        model: the same.
-        calls: what `seen` returned; of the same pass, on examples of any number.
+        model: whose passes they are.
+        known: by shapes, the rectifiers that were seen; `watch` adds to it. None leaves all rectifiers alone.
     """
 
-    def __init__(self, model: nn.Module, calls: Sequence[Call]):
-        self._model, self._calls, self._next = model, calls, 0
+    def __init__(self, model: nn.Module, known: dict[Any, Calls] | None):
+        self._model, self._known = model, known
+        self._left: Iterator[Call] = iter(())
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Answer rectifiers in this thread, if any is to be answered."""
-        if not self._calls:
-            yield
-            return
-        with _answered(self._model, self._may):
+        """Stand in for rectifiers meanwhile."""
+        with _standing_in(self._model) if self._known is not None else nullcontext():
             yield
 
-    def begin(self) -> None:
-        """Expect the first rectifier: a pass begins."""
-        self._next = 0
+    def lacks(self, kind: Any) -> bool:
+        """Whether a pass of these shapes is still to be watched."""
+        return self._known is not None and kind not in self._known
 
-    def _may(self, rectifier: Any, holders: int) -> bool:
-        place = self._next
-        if place < len(self._calls) and self._calls[place].rectifier is rectifier:
-            self._next = place + 1
-            return holders <= self._calls[place].holders
-        self._next = len(self._calls)  # another pass than the one that was seen
-        return False
+    def watch(self, passing: Callable[[Any], Any], batch: Any, kind: Any) -> None:
+        """Make a pass, `passing(batch)`, to see its rectifiers; `kind` are the batch's shapes."""
+        assert self._known is not None
+        # Without inference mode, in which calls hide what they are made of.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            self._known[kind] = seen(self._model, passing, batch)
+
+    def __call__(self, passing: Callable[[Any], Any], batch: Any, kind: Any) -> Any:
+        """Make a pass within `active`, after one of these shapes was watched."""
+        calls = self._known[kind] if self._known is not None else NONE
+        if not calls:
+            return passing(batch)
+        self._left = iter(calls)
+        with _answering(self._may):
+            return passing(batch)
+
+    def _may(self, rectifier: Any, references: int, operand: Tensor) -> bool:
+        call = next(self._left, None)
+        if call is None or call.rectifier is not rectifier:
+            self._left = iter(())  # another pass than the one that was seen
+            return False
+        return references <= call.references and _sharers(operand) <= call.sharers
 
 
 class _Watch(TorchFunctionMode):
@@ -106,42 +134,40 @@ class _Watch(TorchFunctionMode):
         self.calls: list[Call] = []
         self.shown = False  # whether numbers were handed out
         self._own = WeakIdKeyDictionary()  # tensors that share memory with no other
-        self._noted = False  # whether the next call is that of a rectifier
-        self._operand: TensorWeakRef | None = None  # of the last rectifier, if it may write over it
+        self._noted: Call | None = None  # a rectifier that is going to be called
+        self._last: tuple[TensorWeakRef, Call] | None = (
+            None  # the last one, if it may once its operand is gone
+        )
 
-    def note(self, rectifier: Any, holders: int) -> bool:
-        """Take note of a rectifier that is going to be called."""
-        self.calls.append(Call(rectifier, holders))
-        self._noted = True
+    def note(self, rectifier: Any, references: int, operand: Tensor) -> bool:
+        """Take note of a rectifier that is going to be called; it may not before its operand is seen to be gone."""
+        self.settle()
+        with torch._C.DisableTorchFunction():
+            self._noted = Call(rectifier, references, _sharers(operand), operand.numel())
+        self.calls.append(self._noted._replace(references=0))
         return False
 
     def settle(self) -> None:
-        """Say that the last rectifier may not, if its operand is still there."""
-        if self._operand is not None and self._operand() is not None:
-            self._take_back()
-        self._operand = None
-
-    def _take_back(self) -> None:
-        self.calls[-1] = Call(self.calls[-1].rectifier, 0)
+        """Allow the last rectifier, if its operand is gone."""
+        if self._last is not None and self._last[0]() is None:
+            self.calls[-1] = self._last[1]
+        self._last = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        noted, self._noted = self._noted, False
-        if not noted:
-            self.settle()
+        noted, self._noted = self._noted, None
+        self.settle()
         func = _PLAIN_RELU if func is relu else func  # PyTorch's own looks itself up where we stand in
         result = func(*args, **(kwargs or {}))
         given = batching.tensors([list(args), dict(kwargs or {})])
         new = type(result) is Tensor and not any(result is t for t in given)
-        if noted and new and self._could_be(args[0], result):
-            self._operand = TensorWeakRef(args[0])
-        elif noted:
-            self._take_back()
+        if noted is not None and new and self._could_be(args[0], result):
+            self._last = TensorWeakRef(args[0]), noted
         if new and func in _SHARING_NOTHING:
             self._own[result] = None
         elif not isinstance(result, _OF_FORM):
-            self.shown |= not batching.tensors(result)
+            self.shown |= result is not None and not batching.tensors(result)
             for t in given:
                 if t in self._own:
                     del self._own[t]
@@ -174,44 +200,69 @@ class _Numbers(TorchDispatchMode):
 
 
 @contextmanager
-def _answered(model: nn.Module, answer: Answer) -> Iterator[None]:
-    """Let rectifiers of the model, and `functional.relu` in this thread, ask whether to write over their operand."""
+def _standing_in(model: nn.Module) -> Iterator[None]:
+    """Stand in for the model's rectifiers and for `functional.relu`; all as before where nobody answers."""
     modules = [
         m for m in model.modules() if type(m) in _MODULES and not m.inplace and "forward" not in vars(m)
     ]
-    before = getattr(_asked, "answer", None)
     for module in modules:
-        vars(module)["forward"] = _asking(module, answer)
-    _asked.answer = answer
+        vars(module)["forward"] = _asking(module)
     _stand_in(1)
     try:
         yield
     finally:
         _stand_in(-1)
-        _asked.answer = before
         for module in modules:
             vars(module).pop("forward", None)
 
 
-def _asking(module: nn.Module, answer: Answer) -> Callable[[Tensor], Tensor]:
-    over: Any = copy.copy(module)
-    over.inplace = True
-    # `nn.ReLU` calls what we stand in for, and would ask twice.
-    first, second = (torch.relu_, torch.relu) if type(module) is nn.ReLU else (over.forward, module.forward)
+@contextmanager
+def _answering(answer: Answer) -> Iterator[None]:
+    """Let rectifiers in this thread ask whether to write over their operand."""
+    before = getattr(_asked, "answer", None)
+    _asked.answer = answer
+    try:
+        yield
+    finally:
+        _asked.answer = before
 
-    def forward(x: Tensor) -> Tensor:
-        made: Tensor = first(x) if answer(module, sys.getrefcount(x)) else second(x)
+
+def _asking(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    other: Any = copy.copy(module)
+    other.inplace = True
+    # `nn.ReLU` calls what we stand in for, and would ask twice.
+    over, beside = (torch.relu_, torch.relu) if type(module) is nn.ReLU else (other.forward, module.forward)
+    plain = module.forward
+
+    def forward(input: Tensor) -> Tensor:  # noqa: A002  (PyTorch's name)
+        answer = getattr(_asked, "answer", None)
+        if answer is None or type(input) is not Tensor:
+            made: Tensor = plain(input)
+        elif answer(module, sys.getrefcount(input), input):
+            made = over(input)
+        else:
+            made = beside(input)
         return made
 
     return forward
 
 
-def relu(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002  (PyTorch's names)
+@torch.jit.ignore  # type: ignore[untyped-decorator]
+def relu(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
     """Stand in for `torch.nn.functional.relu`."""
     answer = getattr(_asked, "answer", None)
     if answer is None or inplace or type(input) is not Tensor:
         return _PLAIN_RELU(input, inplace)
-    return torch.relu_(input) if answer(relu, sys.getrefcount(input)) else torch.relu(input)
+    return torch.relu_(input) if answer(relu, sys.getrefcount(input), input) else torch.relu(input)
+
+
+def _sharers(x: Tensor) -> int:
+    """How many hold the memory of a tensor, the tensor and this question included."""
+    try:
+        count: int = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # it has none of its own
+        return sys.maxsize
+    return count
 
 
 _PLAIN_RELU = functional.relu
@@ -220,7 +271,9 @@ _lock, _askers = threading.Lock(), [0]
 
 
 def _stand_in(more: int) -> None:
-    """Stand in from the first who asks to the last, in whatever order they end."""
+    """Stand in from the first who asks to the last, in whatever order they end; not for a function of the user's."""
     with _lock:
         _askers[0] += more
-        functional.relu = relu if _askers[0] else _PLAIN_RELU
+        before, after = (_PLAIN_RELU, relu) if _askers[0] else (relu, _PLAIN_RELU)
+        if functional.relu is before:
+            functional.relu = after

@@ -20,9 +20,9 @@ from landscape import batches as batching
 if TYPE_CHECKING:
     from landscape.problem import Problem
 
-# Functions whose slope or curvature jumps at zero.
+# Functions whose slope or curvature jumps at zero, and nowhere else.
 _RECTIFIERS = {
-    functional.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_, functional.leaky_relu, functional.relu6,
+    functional.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_, functional.leaky_relu,
     functional.prelu, functional.elu, functional.selu, functional.celu,
 }  # fmt: skip
 _IN_PLACE = {torch.relu_, Tensor.relu_}
@@ -30,6 +30,10 @@ _IN_PLACE = {torch.relu_, Tensor.relu_}
 _EXPECTED = 0.1
 # Distance from zero, in eps times the units' root mean square, up to which a side is a matter of rounding.
 _NEAR = 1e3
+# More units of a call on the other side than these, or than this share: float64 computes something else.
+_FEW, _OTHERWISE = 3, 1e-4
+# Parameters above which no copy in float64 is made (256 MiB).
+_LARGE = 2**25
 
 Sides = Sequence[Tensor]
 NONE: Sides = ()
@@ -44,16 +48,17 @@ def sides(problem: Problem, piece: Any) -> Sides:
 
     Returns:
         A bool for each unit, True where it is positive; nothing where there are too few units for any to be expected
-        on the wrong side, where the model does not run in float64, or in training mode, where it may draw numbers.
+        on the wrong side, where the model is large or does not run in float64, or in training mode, where it may
+        draw numbers.
     """
-    if problem.mode == "train" or not _many(problem, piece):
+    if problem.mode == "train" or problem.size > _LARGE or not _many(problem, piece):
         return NONE
-    wide = problem.replace(dtype=torch.float64)
     watch = _Watch()
     try:
+        wide = problem.replace(dtype=torch.float64)
         with wide.session(), torch.no_grad(), wide.filled(wide.leaves()), watch:
             wide.evaluator.loss_of(batching.tree_map(wide.evaluator.moved, piece))
-    except (RuntimeError, TypeError):  # a dtype in its code, or a device without float64
+    except Exception:  # noqa: BLE001  (whatever a model has against float64: it need not run in it)
         return NONE
     return watch.sides
 
@@ -69,7 +74,7 @@ class Righted(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._left and func in _RECTIFIERS and type(args[0]) is Tensor:
+        if self._left and _rectifies(func, args):
             correction = self._correction(args[0], self._left.pop())
             if correction is not None and (func in _IN_PLACE or kwargs.get("inplace")):
                 args[0].add_(correction)
@@ -84,7 +89,11 @@ class Righted(TorchFunctionMode):
             self._left.clear()  # another pass than the one in float64
             return None
         wrong = (x > 0) != positive
-        if not wrong.any():
+        count = int(wrong.sum())
+        if count > max(_FEW, _OTHERWISE * x.numel()):
+            self._left.clear()  # it is not rounding that puts them there
+            return None
+        if not count:
             return None
         near = _NEAR * torch.finfo(x.dtype).eps * x.square().mean().sqrt()
         least = torch.finfo(x.dtype).tiny
@@ -102,24 +111,35 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in _RECTIFIERS and type(args[0]) is Tensor:
-            self.sides.append(args[0] > 0)
+        if _rectifies(func, args):
+            self.sides.append(args[0].detach() > 0)
         return func(*args, **(kwargs or {}))
+
+
+def _rectifies(func: Any, args: Sequence[Any]) -> bool:
+    """Whether this is a rectifier of a plain tensor, outside of what maps calls over examples."""
+    plain = func in _RECTIFIERS and bool(args) and type(args[0]) is Tensor
+    return plain and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _many(problem: Problem, piece: Any) -> bool:
     """Whether the problem has so many units that some are expected on the wrong side; counted on an example."""
     plans, key = problem.evaluator.plans, ("rectified units", id(problem.batches))
     if key not in plans:
-        try:
-            units = _units(problem, batching.cut(piece, 0, 1)) * (problem.examples() or 1)
-        except (RuntimeError, ValueError, TypeError, IndexError):  # examples do not run alone
-            units = _units(problem, piece)
-        plans[key] = problem.batches, units
+        plans[key] = problem.batches, _units(problem, piece)
     return bool(plans[key][1] * torch.finfo(problem.dtype).eps >= _EXPECTED)
 
 
 def _units(problem: Problem, piece: Any) -> int:
-    with torch.no_grad(), problem.filled(problem.leaves()), _Watch() as watch:
+    """How many units the data have, as one example has them; as this piece has them, where that does not run alone."""
+    try:
+        count = batching.examples(piece)
+        return _units_of(problem, batching.cut(piece, 0, 1)) * (problem.examples() or count)
+    except Exception:  # noqa: BLE001  (whatever a model has against one example)
+        return _units_of(problem, piece) * sum(1 for _ in problem.batches)
+
+
+def _units_of(problem: Problem, piece: Any) -> int:
+    with problem.filled(problem.leaves()), _Watch() as watch:
         problem.evaluator.loss_of(piece)
     return sum(side.numel() for side in watch.sides)

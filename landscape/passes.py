@@ -10,7 +10,7 @@ import torch
 
 from landscape import batches as batching
 from landscape import folding, in_place
-from landscape.ways import Ways, calls_in, layers_in
+from landscape.ways import Ways, layers_in
 
 if TYPE_CHECKING:
     from landscape.problem import Problem
@@ -24,12 +24,14 @@ class Piece:
         batch: its examples.
         scale: the factor that makes its loss the sum of its terms.
         weight: the denominator of its mean.
+        shapes: those of its tensors.
         judged: how many of its answers can be right or wrong, once somebody asked.
     """
 
     batch: Any
     scale: float
     weight: float
+    shapes: Any
     judged: int | None = None
 
 
@@ -40,13 +42,14 @@ class Prepared:
     Attributes:
         pieces: the micro-batches; None where the data are read anew, because they are too large to keep.
         layers: those with tensors of their own in place.
-        calls: a pass's rectifiers, where any of them may write over its operand.
+        rectifiers: those that may write over their operand, by the shapes of what is passed, as they become known; None
+            where none is to.
         batches: the problem's, held so that nobody else has their identity.
     """
 
     pieces: list[Piece] | None
     layers: list[folding.Layer]
-    calls: tuple[in_place.Call, ...]
+    rectifiers: dict[Any, in_place.Calls] | None
     batches: batching.Batches
 
 
@@ -56,8 +59,8 @@ def prepared(problem: Problem, ways: Ways) -> Prepared:
     if key not in plans:
         large = sum(batching.size(batch) for batch in problem.batches) > batching.CACHE_BYTES
         pieces = None if large else list(_weighed(problem, ways))
-        layers, calls = layers_in(problem, ways), calls_in(problem, ways)
-        plans[key] = Prepared(pieces, layers, calls, problem.batches)
+        rectifiers: dict[Any, in_place.Calls] | None = {} if ways.in_place else None
+        plans[key] = Prepared(pieces, layers_in(problem, ways), rectifiers, problem.batches)
     found: Prepared = plans[key]
     return found
 
@@ -74,7 +77,7 @@ def _weighed(problem: Problem, ways: Ways, *, merged: bool = True) -> Iterator[P
     evaluator, data = problem.evaluator, problem.batches
     cut = data if ways.microbatch is None else _recut(data, ways.microbatch, merged)
     for batch, weight in evaluator.pieces(cut):
-        yield Piece(ways.laid_out(batch), evaluator.scale(weight), weight)
+        yield Piece(ways.laid_out(batch), evaluator.scale(weight), weight, in_place.shapes(batch))
 
 
 def _recut(data: Iterable[Any], most: int, merged: bool) -> Iterator[Any]:

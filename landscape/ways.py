@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Bytes of the largest intermediate result up to which more examples at once are faster: what the caches of a
 # core hold, or what keeps a GPU busy. Twice as many where rectifiers write over their operand.
-_LARGEST, _LARGEST_ON_GPU = 2 << 20, 256 << 20
+_ROOM, _ROOM_ON_GPU = 2 << 20, 256 << 20
 _FEWEST = 8  # examples at once, also where each of them is large
 _TRIED = 4  # examples on which ways are tried
 _ASIDE = 0.05  # relative displacement of the point where they are tried
@@ -111,13 +111,14 @@ def _chosen(problem: Problem, exact: bool, bfloat16: bool) -> Ways:
         ways = dataclasses.replace(ways, inference=_works(problem, few, ways))
     if exact or problem.mode == "train":  # examples of a batch may see each other
         return dataclasses.replace(ways, exact=exact)
-    ways = dataclasses.replace(ways, exact=False, microbatch=_microbatch(problem, few))
+    each, room = _largest(problem, few), _ROOM if problem.device.type == "cpu" else _ROOM_ON_GPU
+    ways = dataclasses.replace(ways, exact=False, microbatch=_microbatch(problem, few, each, room))
     images = problem.device.type == "cpu" and (problem.dtype == torch.float32 or bfloat16)
     plain = _answers(problem, few, dataclasses.replace(ways, bfloat16=False))
 
-    def is_exact(tried: Ways) -> bool:
+    def is_exact(tried: Ways, rectifiers: in_place.Calls = in_place.NONE) -> bool:
         with contextlib.suppress(*_NOT_THIS_WAY):
-            found = _answers(problem, few, dataclasses.replace(tried, bfloat16=False))
+            found = _answers(problem, few, dataclasses.replace(tried, bfloat16=False), rectifiers)
             return _agree(found, plain, problem.dtype)
         return False
 
@@ -129,10 +130,16 @@ def _chosen(problem: Problem, exact: bool, bfloat16: bool) -> Ways:
         if layers_in(problem, tried) and is_exact(tried):
             ways = tried
             break
-    over = dataclasses.replace(ways, in_place=True, microbatch=_doubled(problem, ways.microbatch))
+    over = dataclasses.replace(ways, in_place=True)
     with contextlib.suppress(*_NOT_THIS_WAY):
-        if calls_in(problem, over) and is_exact(over):
-            return over
+        written = max(
+            (call.numbers for call in _rectifiers(problem, few, ways) if call.references), default=0
+        )
+        if written and is_exact(over):
+            # Where the largest results are written over, half as much memory is gone through.
+            if each is not None and written * problem.dtype.itemsize >= each * batching.examples(few):
+                room *= 2
+            return dataclasses.replace(over, microbatch=_microbatch(problem, few, each, room))
     return ways
 
 
@@ -162,25 +169,23 @@ def _works(problem: Problem, few: Any, ways: Ways) -> bool:
     return True
 
 
-def _microbatch(problem: Problem, few: Any) -> int | None:
+def _microbatch(problem: Problem, few: Any, each: float | None, room: int) -> int | None:
     """The power of two of examples whose largest intermediate result fits; None where batches cannot be cut."""
-    try:
-        if batching.examples(few) < 2:
-            return problem.microbatch
-        calls = [_calls(problem, batching.cut(few, 0, count)) for count in (1, 2)]
-        sizes = [[size for _, size in found] for found in calls]
-    except _NOT_THIS_WAY:  # examples cannot be told apart, or do not run alone
+    if each is None or batching.examples(few) < 2:
         return problem.microbatch
-    same = len(sizes[0]) == len(sizes[1])
-    each = max((b - a for a, b in zip(*sizes, strict=True)), default=0) if same else max(sizes[1]) / 2
-    room = _LARGEST if problem.device.type == "cpu" else _LARGEST_ON_GPU
     count = max(_FEWEST, 1 << int(math.log2(max(1.0, room / max(1.0, each)))))
     return min(count, problem.microbatch or count)
 
 
-def _doubled(problem: Problem, count: int | None) -> int | None:
-    """Twice as many examples, where rectifiers go through half as much memory."""
-    return None if count is None else min(2 * count, problem.microbatch or 2 * count)
+def _largest(problem: Problem, few: Any) -> float | None:
+    """Bytes of an example's part of the largest intermediate result; None where batches cannot be cut."""
+    try:
+        calls = [_calls(problem, batching.cut(few, 0, count)) for count in (1, 2)]
+    except _NOT_THIS_WAY:  # examples cannot be told apart, or do not run alone
+        return None
+    sizes = [[size for _, size in found] for found in calls]
+    same = len(sizes[0]) == len(sizes[1])
+    return max((b - a for a, b in zip(*sizes, strict=True)), default=0) if same else max(sizes[1]) / 2
 
 
 class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -218,25 +223,20 @@ def layers_in(problem: Problem, ways: Ways) -> list[folding.Layer]:
     return [layer for layer in found if layer.norm is not None or ways.channels_last]
 
 
-def calls_in(problem: Problem, ways: Ways) -> tuple[in_place.Call, ...]:
-    """The rectifiers of a pass in these ways, where any of them may write over its operand."""
-    if not ways.in_place:
-        return ()
-    # Without inference mode, in which calls hide what they are made of.
-    watched = dataclasses.replace(ways, in_place=False, inference=False)
+def _rectifiers(problem: Problem, few: Any, ways: Ways) -> in_place.Calls:
+    """The rectifiers of a pass over a few examples, where any may write over its operand."""
+    watched = dataclasses.replace(ways, inference=False)
     with _trial(problem, watched) as answer, ways.precision(problem.device):
-        few = ways.laid_out(_few(problem))
-        return in_place.seen(problem.evaluator.model, lambda: answer(few))
+        return in_place.seen(problem.evaluator.model, answer, ways.laid_out(few))
 
 
-def _answers(problem: Problem, few: Any, ways: Ways) -> Tensor:
+def _answers(problem: Problem, few: Any, ways: Ways, rectifiers: in_place.Calls = in_place.NONE) -> Tensor:
     """The model's outputs on a few examples, flat; its loss where outputs are not known."""
-    calls = in_place.InPlace(problem.evaluator.model, calls_in(problem, ways))
+    passes = in_place.InPlace(problem.evaluator.model, {(): rectifiers} if ways.in_place else None)
     with _trial(problem, ways) as answer:
         piece = ways.laid_out(few)
-        with ways.precision(problem.device), calls.active():
-            calls.begin()
-            found = answer(piece)
+        with ways.precision(problem.device), passes.active():
+            found = passes(answer, piece, ())
         flat = [t.double().reshape(-1) for t in batching.tensors(found) if t.is_floating_point()]
         return torch.cat(flat) if flat else problem.evaluator.loss_of(piece).double().reshape(-1)
 

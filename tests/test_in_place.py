@@ -15,7 +15,7 @@ from cases_base import labels, normal
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from landscape import Problem, in_place, testbeds
+from landscape import Problem, batches, in_place, testbeds
 
 ITSELF = F.relu
 
@@ -75,6 +75,7 @@ def test_each_rectifier_gives_the_same_bits_in_place(rectifier: nn.Module) -> No
     with problem.displaced(d) as at:
         assert at.ways.in_place
         apart = dataclasses.replace(at.ways, in_place=False)
+        at()
         with Counted() as over:
             found = at.values([(0.0,), (0.7,)])
         with problem.displaced(d, ways=apart) as plain, Counted() as beside:
@@ -87,8 +88,10 @@ def test_a_residual_network_rectifies_in_place_only() -> None:
     model = testbeds.resnet20(width=4, blocks=2).eval()
     x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     problem = Problem(model, nn.CrossEntropyLoss(), [(x, labels(6, 10))])
-    with problem.displaced() as at, Counted() as seen:
+    with problem.displaced() as at:
         at()
+        with Counted() as seen:
+            at()
     assert seen.names["relu_"] == 13  # the first, and two of each of six blocks
     assert seen.names["relu"] == 0
 
@@ -126,8 +129,10 @@ def _shaped(net: Net, x: Tensor) -> Tensor:
 def test_an_operand_that_nobody_reads_is_written_over(kind: str) -> None:
     problem = problem_of(Net(MAY[kind]))
     assert agrees(problem)
-    with problem.displaced() as at, Counted() as seen:
+    with problem.displaced() as at:
         at()
+        with Counted() as seen:
+            at()
     assert seen.names["relu"] == 0
     assert seen.names["relu_"] == (2 if kind == "twice" else 1)
 
@@ -224,6 +229,38 @@ def test_what_a_hook_has_kept_stays() -> None:
     assert not agrees(problem)
 
 
+def _neighbours(net: Net, x: Tensor) -> Tensor:
+    """Two rectifiers without a call between them; the first one's operand is read by examples that come later."""
+    h = net.one(x)
+    g = net.one(x + 1)
+    rectified = F.relu(h)
+    rectified = rectified + F.relu(g)
+    return net.two(torch.where(x[:, :1] > 1, h, rectified))
+
+
+def _recorded(net: Net, x: Tensor) -> Tensor:
+    h = net.one(x)
+    net.record = getattr(net, "record", x.new_zeros(0))
+    net.record.data = h
+    h = F.relu(h)
+    return net.two(h) + net.record.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("way", [*MAY_NOT.values(), _neighbours, _recorded])
+def test_what_must_not_is_seen_and_not_only_found_out_by_what_it_gives(way: Any) -> None:
+    model = Net(way)
+    with torch.no_grad():
+        assert in_place.seen(model, model, normal(4, 5)) == in_place.NONE
+    agrees(problem_of(Net(way)))
+
+
+def test_neighbours_whose_operand_some_examples_read() -> None:
+    x = normal(12, 5)
+    x[:4, 0], x[4:, 0] = -1, 2  # the first four, on which ways are tried, do not read it
+    problem = Problem(Net(_neighbours), nn.CrossEntropyLoss(), [(x, labels(12, 3))])
+    agrees(problem)
+
+
 # --- passes that are not like the one that was seen ----------------------------------------------------
 
 
@@ -270,6 +307,80 @@ def test_a_pass_with_other_rectifiers_leaves_their_operands() -> None:
         assert at() == pytest.approx(float(expected.detach()), rel=1e-13)
 
 
+class Recurrent(nn.Module):
+    """As many rectifiers as the sequences are long, then one whose operand is read again."""
+
+    def __init__(self, rectify: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.into, self.on, self.out = (nn.Linear(5, 5) for _ in range(3))
+        self.rectify = rectify
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.into(x[:, 0])
+        for t in range(1, x.shape[1]):
+            h = self.into(x[:, t]) + self.on(h)
+            h = self.rectify(h)
+        z = self.out(h)
+        return self.rectify(z) - 0.5 * z
+
+
+@pytest.mark.parametrize("kind", ["module", "function"])
+def test_sequences_of_different_length(kind: str) -> None:
+    model = Recurrent(nn.ReLU() if kind == "module" else _rectified).double()
+    data = [(normal(8, n, 5, seed=n), labels(8, 5)) for n in (6, 4, 2)]
+    assert agrees(Problem(model, nn.CrossEntropyLoss(), data))
+
+
+def _views_of_many(net: Net, x: Tensor) -> Tensor:
+    """Ways are tried on four examples."""
+    h = net.one(x)
+    first = h[:1] if len(x) > 4 else x.new_zeros(1, 5)
+    h = F.relu(h)
+    return net.two(h) + first.sum()
+
+
+def test_a_view_that_only_larger_batches_keep() -> None:
+    assert agrees(problem_of(Net(_views_of_many)))
+
+
+def test_data_that_are_rectified_while_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "CACHE_BYTES", 0)
+    whole, y = normal(12, 5), labels(12, 3)
+
+    class Reading:
+        def __iter__(self) -> Any:
+            yield from ((F.relu(whole[i : i + 6]), y[i : i + 6]) for i in (0, 6))
+
+    problem = Problem(
+        Net(MAY["temporary"]), nn.CrossEntropyLoss(), Reading(),
+        weight=lambda batch: 1.0 + float(F.relu(batch[0]).sum()),
+    )  # fmt: skip
+    assert agrees(problem)
+    assert torch.equal(whole, normal(12, 5))
+
+
+class Counting(nn.Module):
+    """Counts its passes in a buffer, and in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(5, 3)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return F.relu(self.into(x)) * self.count
+
+
+def test_watching_leaves_no_trace_in_buffers() -> None:
+    assert agrees(problem_of(Counting().double()))
+
+
+def test_modules_called_by_keyword() -> None:
+    assert agrees(problem_of(Net(lambda net, x: net.two(net.relu(input=net.one(x))))))
+
+
 # --- nothing is left behind ----------------------------------------------------------------------------
 
 
@@ -288,41 +399,36 @@ def test_pytorch_and_the_model_are_as_before_also_after_an_error() -> None:
 
 
 def test_other_threads_rectify_as_ever() -> None:
-    model = nn.Sequential(nn.Linear(5, 3), nn.ReLU()).double()
-    with torch.no_grad():
-        calls = in_place.seen(model, lambda: model(normal(2, 5)))
-    assert calls
-    begun, done = threading.Event(), threading.Event()
+    """Also with the model's own modules, and while a pass of this thread is under way."""
     found: list[Any] = []
 
-    def other() -> None:
-        begun.wait(10)
-        operand = normal(4)
-        found.extend([F.relu(operand), operand])
-        done.set()
+    def rectified() -> None:
+        for rectify in (F.relu, model[1]):
+            operand = normal(4)
+            found.append((rectify(operand), operand))
 
-    thread = threading.Thread(target=other)
-    thread.start()
-    answering = in_place.InPlace(model, calls)
-    with answering.active():
-        answering.begin()
-        begun.set()
-        assert done.wait(10)
-        kept = normal(4)
-        assert torch.equal(F.relu(kept), kept.clamp(min=0))
-    thread.join()
-    assert torch.equal(found[0], normal(4).clamp(min=0))
-    assert torch.equal(found[1], normal(4))
+    def meanwhile(x: Tensor) -> Tensor:
+        thread = threading.Thread(target=rectified)
+        thread.start()
+        thread.join()
+        return model(x)
+
+    model = nn.Sequential(nn.Linear(5, 3), nn.ReLU()).double()
+    passes = in_place.InPlace(model, {})
+    with torch.no_grad(), passes.active():
+        passes.watch(meanwhile, normal(2, 5), "kind")
+        passes(meanwhile, normal(2, 5), "kind")
+        rectified()  # outside of passes
+    assert any(call.references for call in passes._known["kind"])
+    assert len(found) == 6
+    for made, operand in found:
+        assert torch.equal(made, normal(4).clamp(min=0))
+        assert torch.equal(operand, normal(4))
     assert F.relu is ITSELF
 
 
 def test_two_who_end_in_another_order() -> None:
-    model = nn.Sequential(nn.Linear(5, 3), nn.ReLU()).double()
-    with torch.no_grad():
-        calls = in_place.seen(model, lambda: model(normal(2, 5)))
-    assert calls
-    assert F.relu is ITSELF
-    first, second = (in_place.InPlace(nn.Sequential(), calls).active() for _ in range(2))
+    first, second = (in_place.InPlace(nn.Sequential(), {}).active() for _ in range(2))
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -342,10 +448,36 @@ class Own(Tensor):
 
 
 def test_tensors_of_another_kind_are_left_to_themselves() -> None:
-    model = nn.Sequential(nn.Linear(5, 3), nn.ReLU()).double()
-    with torch.no_grad():
-        calls = in_place.seen(model, lambda: model(normal(2, 5)))
-    with in_place.InPlace(model, calls).active():
-        assert F.relu(normal(3).as_subclass(Own)) == "rectified by its own"
-        operand = normal(3)
-        assert F.relu(operand, inplace=True) is operand
+    def of_its_own(x: Tensor) -> Tensor:
+        assert F.relu(x.as_subclass(Own)) == "rectified by its own"
+        assert act(x.as_subclass(Own)) == "rectified by its own"
+        assert F.relu(x, inplace=True) is x
+        return x
+
+    act = nn.ReLU()
+    passes = in_place.InPlace(act, {})
+    with torch.no_grad(), passes.active():
+        passes.watch(of_its_own, normal(3), "kind")
+        passes(of_its_own, normal(3), "kind")
+
+
+def test_a_function_that_the_user_has_put_in_place_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def own(x: Tensor, inplace: bool = False) -> Tensor:
+        return F.leaky_relu(x, 0.3, inplace)
+
+    monkeypatch.setattr(F, "relu", own)
+    problem = problem_of(Net(MAY["temporary"]))
+    agrees(problem)
+    assert F.relu is own
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_function_that_is_scripted_during_a_pass() -> None:
+    def scripted(net: Net, x: Tensor) -> Tensor:
+        return net.two(torch.jit.script(_rectified)(net.one(x)))
+
+    agrees(problem_of(Net(scripted)))
+
+
+def _rectified(x: Tensor) -> Tensor:
+    return F.relu(x)

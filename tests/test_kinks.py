@@ -23,6 +23,8 @@ RECTIFIERS: dict[str, Callable[[Tensor], Tensor]] = {
     "method in place": Tensor.relu_,
     "leaky": nn.LeakyReLU(0.2),
     "elu": nn.ELU(0.7),
+    "celu": nn.CELU(0.7),
+    "selu": nn.SELU(),
     "prelu": lambda z: F.prelu(z, z.new_tensor([0.3])),
 }
 
@@ -130,15 +132,66 @@ def test_batches_that_cannot_be_cut(mode: str) -> None:
         assert torch.equal(problem.hvp(v), expected)
 
 
+class Mapped(AtTheKink):
+    """Rectifies within a map over examples, and calls a rectifier by keyword."""
+
+    def units(self, x: Tensor) -> Tensor:
+        z = torch.vmap(torch.relu)(self.b * x)
+        return torch.relu(input=(z * self.v + self.c - self.d)).sum(1)
+
+
+class Asserting(AtTheKink):
+    """Has its dtype in its code."""
+
+    def units(self, x: Tensor) -> Tensor:
+        assert x.dtype == torch.float32
+        return super().units(x)
+
+
+class Sloped(AtTheKink):
+    """Differentiates on its way, and so does not run without gradients."""
+
+    def units(self, x: Tensor) -> Tensor:
+        z = self.b * x + self.c * x
+        (slope,) = torch.autograd.grad(z.square().sum(), self.c, create_graph=True)
+        return F.relu(z).sum(1) + slope
+
+
+@pytest.mark.parametrize("kind", [Mapped, Asserting, Sloped])
+def test_models_that_float64_or_one_example_says_nothing_of(
+    monkeypatch: pytest.MonkeyPatch, kind: type[AtTheKink]
+) -> None:
+    monkeypatch.setattr(kinks, "_EXPECTED", 0.0)
+    problem = problem_of(kind(F.relu))
+    expected = problem.hvp(torch.eye(4))
+    with problem.session(), problem.keeping_graphs():
+        assert torch.equal(problem.hvp(torch.eye(4)), expected)
+
+
+def test_units_are_counted_over_all_data() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1))
+    cut = Problem(model, nn.MSELoss(), [(INPUTS, TARGETS[:, None])] * 3)
+    whole = Problem(  # examples cannot be told apart
+        model, forward=lambda m, b: m(b["x"].transpose(0, 1)).mean() + b["y"].sum(),
+        data=[{"x": INPUTS[:, None].repeat(1, 2, 1), "y": torch.ones(5)}] * 3, weight=lambda b: 1.0,
+    )  # fmt: skip
+    for problem, units in ((cut, 3 * 4 * 6), (whole, 3 * 8 * 6)):
+        with problem.session():
+            piece = next(iter(problem.batches))
+            assert kinks._units(problem, piece) == units
+
+
 def test_a_unit_far_from_zero_is_left_alone() -> None:
     """Where float64 computes something else altogether, it does not say where units belong."""
-    x = torch.tensor([1.0, -2.0, 1e-9, -1e-9, 0.0])
-    other = torch.tensor([False, True, False, True, True])
+    x = torch.tensor([1.0, -2.0, 1e-9, 0.0, -1.0])
+    other = torch.tensor([True, True, False, True, False])
     with kinks.Righted([other]):
         made = F.relu(x)
-    assert torch.equal(made > 0, torch.tensor([True, False, False, True, True]))
-    assert torch.equal(made[:2], torch.tensor([1.0, 0.0]))
-    assert float(made.max()) == 1.0
+    assert torch.equal(made > 0, torch.tensor([True, False, False, True, False]))
+    assert torch.equal(made.round(), torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0]))
+    with kinks.Righted([torch.arange(8.0) > 3, other]):  # so many are not there by rounding
+        assert torch.equal(F.relu(-1e-9 * torch.ones(8)), torch.zeros(8))
+        assert torch.equal(F.relu(x), x.clamp(min=0))
     with kinks.Righted([other[:3], other]):  # another pass than the one that was seen
         assert torch.equal(F.relu(x), x.clamp(min=0))
         assert torch.equal(F.relu(x), x.clamp(min=0))
