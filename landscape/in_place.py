@@ -8,11 +8,12 @@ memory, than did then.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +96,7 @@ class InPlace:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Stand in for rectifiers meanwhile."""
-        with _standing_in(self._model) if self._known is not None else nullcontext():
+        with _standing_in(self._model) if self._known is not None else contextlib.nullcontext():
             yield
 
     def lacks(self, kind: Any) -> bool:
@@ -105,8 +106,9 @@ class InPlace:
     def watch(self, passing: Callable[[Any], Any], batch: Any, kind: Any) -> None:
         """Make a pass, `passing(batch)`, to see its rectifiers; `kind` are the batch's shapes."""
         assert self._known is not None
-        # Without inference mode, in which calls hide what they are made of.
-        with torch.inference_mode(mode=False), torch.no_grad():
+        self._known[kind] = NONE
+        # Without inference mode, in which calls hide what they are made of; some models run only within.
+        with contextlib.suppress(RuntimeError), torch.inference_mode(mode=False), torch.no_grad():
             self._known[kind] = seen(self._model, passing, batch)
 
     def __call__(self, passing: Callable[[Any], Any], batch: Any, kind: Any) -> Any:
@@ -135,9 +137,8 @@ class _Watch(TorchFunctionMode):
         self.shown = False  # whether numbers were handed out
         self._own = WeakIdKeyDictionary()  # tensors that share memory with no other
         self._noted: Call | None = None  # a rectifier that is going to be called
-        self._last: tuple[TensorWeakRef, Call] | None = (
-            None  # the last one, if it may once its operand is gone
-        )
+        # The last one and its operand, if it may once that is gone.
+        self._last: tuple[TensorWeakRef, Call] | None = None
 
     def note(self, rectifier: Any, references: int, operand: Tensor) -> bool:
         """Take note of a rectifier that is going to be called; it may not before its operand is seen to be gone."""

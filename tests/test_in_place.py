@@ -427,6 +427,18 @@ def test_other_threads_rectify_as_ever() -> None:
     assert F.relu is ITSELF
 
 
+def test_a_model_that_cannot_be_watched_rectifies_as_ever() -> None:
+    def within_inference(x: Tensor) -> Tensor:
+        if not torch.is_inference_mode_enabled():
+            raise RuntimeError("inference tensors cannot be written to outside of inference mode")
+        return nn.functional.relu(x + 0)
+
+    passes = in_place.InPlace(nn.Sequential(), {})
+    with torch.inference_mode(), passes.active():
+        passes.watch(within_inference, normal(3), "kind")
+        assert torch.equal(passes(within_inference, normal(3), "kind"), normal(3).clamp(min=0))
+
+
 def test_two_who_end_in_another_order() -> None:
     first, second = (in_place.InPlace(nn.Sequential(), {}).active() for _ in range(2))
     first.__enter__()
