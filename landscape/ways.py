@@ -112,7 +112,7 @@ def _chosen(problem: Problem, exact: bool, bfloat16: bool) -> Ways:
     if exact or problem.mode == "train":  # examples of a batch may see each other
         return dataclasses.replace(ways, exact=exact)
     each, room = _largest(problem, few), _ROOM if problem.device.type == "cpu" else _ROOM_ON_GPU
-    ways = dataclasses.replace(ways, exact=False, microbatch=_microbatch(problem, few, each, room))
+    ways = dataclasses.replace(ways, exact=False, microbatch=_microbatch(problem, each, room))
     images = problem.device.type == "cpu" and (problem.dtype == torch.float32 or bfloat16)
     plain = _answers(problem, few, dataclasses.replace(ways, bfloat16=False))
 
@@ -132,14 +132,13 @@ def _chosen(problem: Problem, exact: bool, bfloat16: bool) -> Ways:
             break
     over = dataclasses.replace(ways, in_place=True)
     with contextlib.suppress(*_NOT_THIS_WAY):
-        written = max(
-            (call.numbers for call in _rectifiers(problem, few, ways) if call.references), default=0
-        )
-        if written and is_exact(over):
+        rectifiers = _rectifiers(problem, few, ways)
+        written = max((call.numbers for call in rectifiers if call.references), default=0)
+        if written and is_exact(over, rectifiers):
             # Where the largest results are written over, half as much memory is gone through.
             if each is not None and written * problem.dtype.itemsize >= each * batching.examples(few):
                 room *= 2
-            return dataclasses.replace(over, microbatch=_microbatch(problem, few, each, room))
+            return dataclasses.replace(over, microbatch=_microbatch(problem, each, room))
     return ways
 
 
@@ -169,9 +168,9 @@ def _works(problem: Problem, few: Any, ways: Ways) -> bool:
     return True
 
 
-def _microbatch(problem: Problem, few: Any, each: float | None, room: int) -> int | None:
+def _microbatch(problem: Problem, each: float | None, room: int) -> int | None:
     """The power of two of examples whose largest intermediate result fits; None where batches cannot be cut."""
-    if each is None or batching.examples(few) < 2:
+    if each is None:
         return problem.microbatch
     count = max(_FEWEST, 1 << int(math.log2(max(1.0, room / max(1.0, each)))))
     return min(count, problem.microbatch or count)
@@ -180,6 +179,8 @@ def _microbatch(problem: Problem, few: Any, each: float | None, room: int) -> in
 def _largest(problem: Problem, few: Any) -> float | None:
     """Bytes of an example's part of the largest intermediate result; None where batches cannot be cut."""
     try:
+        if batching.examples(few) < 2:
+            return None
         calls = [_calls(problem, batching.cut(few, 0, count)) for count in (1, 2)]
     except _NOT_THIS_WAY:  # examples cannot be told apart, or do not run alone
         return None

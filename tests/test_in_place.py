@@ -15,7 +15,7 @@ from cases_base import labels, normal
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from landscape import Problem, batches, in_place, testbeds
+from landscape import Problem, batches, in_place, testbeds, ways
 
 ITSELF = F.relu
 
@@ -94,6 +94,23 @@ def test_a_residual_network_rectifies_in_place_only() -> None:
             at()
     assert seen.names["relu_"] == 13  # the first, and two of each of six blocks
     assert seen.names["relu"] == 0
+
+
+def test_ways_are_tried_in_place_before_they_are_taken() -> None:
+    problem = problem_of(nn.Sequential(nn.Linear(5, 3), nn.ReLU()).double())
+    with problem.session(), Counted() as seen:
+        assert ways.choose(problem).in_place
+    assert seen.names["relu_"] == 1
+
+
+def test_batches_whose_examples_cannot_be_told_apart() -> None:
+    """Time comes first: a batch of seven steps and twelve targets."""
+    problem = Problem(
+        nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3)).double(),
+        forward=lambda model, batch: F.cross_entropy(model(batch["x"]).mean(0), batch["y"]),
+        data=[{"x": normal(7, 12, 5), "y": labels(12, 3)}], weight=lambda batch: len(batch["y"]),
+    )  # fmt: skip
+    assert agrees(problem)
 
 
 def test_the_users_batches_and_layers_are_kept_where_that_is_asked() -> None:
