@@ -194,7 +194,7 @@ def _by_autodiff(
             fresh = found is None
             if found is None:
                 plain = problem.evaluator.twice_differentiable()
-                with plain, kernels.active(problem.kernels), kinks.Righted(sides):
+                with plain, kernels.active(problem.kernels), kinks.righted(sides):
                     found = graph(piece, leaves)
             del sides  # not needed while products are made
             making = found.products(rows, keep=kept is not None)

@@ -8,6 +8,7 @@ One pass in float64 tells where they belong.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,6 +62,11 @@ def sides(problem: Problem, piece: Any) -> Sides:
     except Exception:  # noqa: BLE001  (whatever a model has against float64: it need not run in it)
         return NONE
     return watch.sides
+
+
+def righted(of: Sides) -> AbstractContextManager[object]:
+    """Make a graph with units on these sides; without any, no call is looked at."""
+    return Righted(of) if of else nullcontext()
 
 
 class Righted(TorchFunctionMode):

@@ -366,10 +366,8 @@ def test_bfloat16_is_near_and_said() -> None:
 
 def test_the_microbatch_follows_from_shapes_and_the_users_limit() -> None:
     _, x, y = trained_images(dtype=torch.float32)
-    for rectifier, most in (
-        (nn.ReLU, 4 << 20),
-        (nn.GELU, 2 << 20),
-    ):  # one writes over its operand, one does not
+    # One writes over its operand, one does not.
+    for rectifier, most in ((nn.ReLU, 4 << 20), (nn.GELU, 2 << 20)):
         net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), rectifier(), nn.Flatten(), nn.Linear(576, 10))
         for limit in (None, 5):
             problem = Problem(net, nn.CrossEntropyLoss(), [(x, y)], microbatch=limit)

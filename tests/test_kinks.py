@@ -200,7 +200,7 @@ def test_a_unit_far_from_zero_is_left_alone() -> None:
 def test_products_with_millions_of_units_are_right_to_rounding() -> None:
     """Four nets of 3 million units; inputs far from zero make rounding, which puts some on the wrong side.
 
-    Such a unit makes an error of 1e-4 to 3e-3, which is how many there are that shows that the test can fail.
+    Such a unit makes an error of 1e-4 to 3e-3; that products without kept graphs have it shows that there are some.
     """
     apart = worst = 0.0
     for seed in range(2, 6):
